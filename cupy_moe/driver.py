@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel launches with prepared arguments, through the CUDA driver.
+
+CuPy compiles and loads the kernels; launching goes straight to ``cuLaunchKernelEx``. Every argument of a launch is
+stored once, and a call only overwrites the pointers that changed: a few microseconds of host time. Programmatic
+dependent launch is a launch attribute that CuPy's own launch does not offer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+class CudaError(RuntimeError):
+    """A CUDA driver call failed; the message names the call, the error and what it means."""
+
+
+class Tables(ctypes.Structure):
+    """``struct Tables`` of ``route.cu``: where the grouped GEMMs' pointer tables go and what they point into."""
+
+    _fields_ = (("pointers", ctypes.c_void_p), ("base", ctypes.c_void_p * 4), ("pitch", ctypes.c_int64 * 4))
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+@cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def check(result: int, what: str) -> None:
+    """Raise `CudaError` unless ``result``, the ``CUresult`` of the call named ``what``, is success."""
+    if result:
+        name, text = ctypes.c_char_p(), ctypes.c_char_p()
+        _libcuda().cuGetErrorName(result, ctypes.byref(name))
+        _libcuda().cuGetErrorString(result, ctypes.byref(text))
+        label = (name.value or b"unknown error").decode()
+        raise CudaError(f"{what} failed: {label} ({result}): {(text.value or b'').decode()}")
+
+
+class Kernel:
+    """A loaded kernel: its handle and the types of its parameters, by name, in order.
+
+    Parameters
+    ----------
+    function
+        CuPy's raw kernel; it keeps the module alive.
+    parameters
+        Name to ctypes type, as `cupy_moe.compiler.signature` reads them from the source.
+    overlaps
+        Whether launches carry the programmatic dependent launch attribute (compute capability 9.0 and later).
+    """
+
+    def __init__(self, function: Any, parameters: dict[str, type], *, overlaps: bool) -> None:
+        self.name: str = function.name
+        self.handle: int = function.kernel.ptr
+        self.parameters = parameters
+        self.overlaps = overlaps
+        self._owner = function
+
+    def allow_shared_bytes(self, nbytes: int) -> None:
+        """Raise the limit of dynamic shared memory per block to ``nbytes`` where the default is below it."""
+        if nbytes > _DEFAULT_SHARED_BYTES:
+            result = _libcuda().cuFuncSetAttribute(
+                ctypes.c_void_p(self.handle), _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(nbytes)
+            )
+            check(result, f"{nbytes} bytes of dynamic shared memory for {self.name}")
+
+
+class Launch:
+    """One launch, prepared: ``launch(stream)`` enqueues it, ``launch.set(name=value)`` changes arguments.
+
+    Parameters
+    ----------
+    kernel
+        What to launch.
+    grid, block
+        Blocks (x, y) and threads per block.
+    shared_bytes
+        Dynamic shared memory per block.
+    **arguments
+        One value per kernel parameter, under its name in the CUDA source: addresses (0 or None for null), integers,
+        floats or `Tables`.
+
+    Raises
+    ------
+    TypeError
+        If the names are not exactly those of the kernel's parameters.
+    """
+
+    __slots__ = ("_args", "_attribute", "_config", "_config_ref", "_function", "_keep", "_launch", "kernel")
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, int], block: int, *, shared_bytes: int = 0, **arguments: Any
+    ) -> None:
+        if arguments.keys() != kernel.parameters.keys():
+            wrong = sorted(arguments.keys() ^ kernel.parameters.keys())
+            raise TypeError(f"{kernel.name} takes {list(kernel.parameters)}; missing or unknown: {wrong}")
+        kernel.allow_shared_bytes(shared_bytes)
+        self.kernel = kernel
+        self._args = {
+            name: arguments[name] if kind is Tables else kind(arguments[name])
+            for name, kind in kernel.parameters.items()
+        }
+        self._keep = (ctypes.c_void_p * len(self._args))(*(ctypes.addressof(a) for a in self._args.values()))
+        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._config = _Config(
+            grid=(grid[0], grid[1], 1),
+            block=(block, 1, 1),
+            shared_bytes=shared_bytes,
+            attributes=ctypes.pointer(self._attribute),
+            attribute_count=int(kernel.overlaps),
+        )
+        self._config_ref = ctypes.byref(self._config)
+        self._function = ctypes.c_void_p(kernel.handle)
+        self._launch = _libcuda().cuLaunchKernelEx
+
+    def set(self, **arguments: float) -> None:
+        """Replace scalar arguments (addresses, integers, floats) by name."""
+        for name, value in arguments.items():
+            self._args[name].value = value
+
+    def __call__(self, stream: int) -> None:
+        """Enqueue on ``stream`` (a ``cudaStream_t`` as an integer) of the current device."""
+        self._config.stream = stream
+        result = self._launch(self._config_ref, self._function, self._keep, None)
+        if result:
+            check(result, f"launch of {self.kernel.name}")
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether ``stream`` is being captured into a CUDA graph."""
+    status = ctypes.c_int()
+    check(_libcuda().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)), "cuStreamIsCapturing")
+    return status.value != 0
+
+
+@contextmanager
+def allocation_allowed() -> Iterator[None]:
+    """Let this thread allocate device memory while a stream is being captured."""
+    mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    exchange = _libcuda().cuThreadExchangeStreamCaptureMode
+    check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
+    try:
+        yield
+    finally:
+        check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")

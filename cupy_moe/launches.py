@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function per kernel: choose the variant and the grid, return the prepared `Launch`.
+
+Addresses are integers (0 for null). Everything is on one device; nothing is enqueued here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cupy_moe import compiler
+from cupy_moe.arrays import Array
+from cupy_moe.driver import Kernel, Launch, Tables
+
+VECTOR = 8
+"""Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
+MAX_THREADS = 1024
+STRETCH_THREADS = 256
+"""Threads per block where a row may be cut into stretches."""
+ONE_LAUNCH_PAIRS = 4096
+"""Up to this many (token, slot) pairs `route` takes one launch."""
+PAIRS_PER_BLOCK = 4096
+_ROUTE_SHARED_BYTES = 96 * 1024
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}
+
+
+class Matrix(NamedTuple):
+    """Rows in device memory: address, elements from one row to the next, dtype name."""
+
+    pointer: int
+    pitch: int
+    dtype: str
+
+    def aligned(self, cols: int) -> bool:
+        """Whether vectors of eight elements can be loaded whole, from every row and up to column ``cols``."""
+        itemsize = _ITEMSIZE[self.dtype]
+        alignment = 8 if itemsize == 1 else 16
+        return not (self.pointer % alignment or self.pitch * itemsize % alignment or cols % VECTOR)
+
+
+class RowScale(NamedTuple):
+    """Scales of activations: ``pointer[row * row_stride + expert * expert_stride]``, or ``value`` for address 0."""
+
+    pointer: int = 0
+    row_stride: int = 0
+    expert_stride: int = 0
+    value: float = 1.0
+
+
+class WeightScale(NamedTuple):
+    """Scales of weights: ``pointer[expert * stride + up * up_offset]``, ``+ col`` if per channel; 1 for address 0."""
+
+    pointer: int = 0
+    stride: int = 0
+    up_offset: int = 0
+    per_channel: bool = False
+
+    @classmethod
+    def of(cls, scale: Array, channels: int, up_channel: int) -> WeightScale:
+        """A checked scale of weights with ``channels`` rows per expert, the ups from ``up_channel`` on (0: no ups)."""
+        per_expert = scale.shape[1] if len(scale.shape) > 1 else 1
+        if per_expert == 1:
+            return cls(scale.pointer, 1)
+        if per_expert == channels:
+            return cls(scale.pointer, channels, up_channel, per_channel=True)
+        return cls(scale.pointer, 2, 1)
+
+
+class Bias(NamedTuple):
+    """A bias ``(E, columns)``; address 0 for none."""
+
+    pointer: int = 0
+    dtype: str = "None"
+
+
+NO_BIAS, UNSCALED, UNSCALED_WEIGHT = Bias(), RowScale(), WeightScale()
+
+
+class Maps(NamedTuple):
+    """Addresses of what routing writes."""
+
+    expert_offsets: int
+    expert_counts: int
+    dst2src: int
+    src2dst: int
+    row_experts: int
+
+
+def _grid(cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
+    """(stretches per row, threads, vectors per thread) for rows of ``cols`` columns."""
+    vectors = -(-cols // VECTOR)
+    if not whole_rows:
+        threads = min(STRETCH_THREADS, _up(vectors, 32))
+        return -(-vectors // threads), threads, 1
+    per_thread = 1
+    while vectors > MAX_THREADS * per_thread:
+        per_thread *= 2
+    return 1, _up(-(-vectors // per_thread), 32), per_thread
+
+
+def _up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
+    """(threads, bytes of shared table) of a routing block: one row of the table per warp."""
+    warps = min(max(_up(pairs, 32) // 32, 4), 32)
+    while warps > 1 and warps * experts * 4 > _ROUTE_SHARED_BYTES:
+        warps //= 2
+    return warps * 32, warps * experts * 4
+
+
+def route_blocks(pairs: int) -> int:
+    """Blocks that `route` cuts ``pairs`` into; its scratch takes ``blocks * experts`` int32 if there are several."""
+    return 1 if pairs <= ONE_LAUNCH_PAIRS else -(-pairs // PAIRS_PER_BLOCK)
+
+
+def route(
+    device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, amax: int, *,
+    expert_map: int = 0, map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
+) -> list[Launch]:
+    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``; zeroes the two maxima at ``amax``."""
+    pairs = tokens * topk
+    id_type = {"int32": "int", "int64": "long long"}[id_dtype]
+    tables = tables or Tables()
+    blocks = route_blocks(pairs)
+
+    def kernel(name: str) -> Kernel:
+        return compiler.kernel("route.cu", name, device, Id=id_type)
+
+    shape: dict[str, Any] = {"ids": ids, "pairs": pairs, "topk": topk, "experts": experts, "expert_map": expert_map, "map_size": map_size}
+    placed: dict[str, Any] = {"dst2src_map": maps.dst2src, "src2dst_map": maps.src2dst, "row_experts": maps.row_experts}
+    summed: dict[str, Any] = {"expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts, "amax": amax, "tables": tables}
+    threads, shared = _route_threads(min(pairs, PAIRS_PER_BLOCK), experts)
+    if blocks == 1:
+        return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
+    split: dict[str, Any] = {**shape, "pairs_per_block": PAIRS_PER_BLOCK}
+    return [
+        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, block_counts=scratch),
+        Launch(kernel("route_scan"), (1, 1), MAX_THREADS, blocks=blocks, experts=experts, block_counts=scratch, **summed),
+        Launch(
+            kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed,
+            block_rows=scratch, expert_offsets=maps.expert_offsets,
+        ),
+    ]
+
+
+def route_padded(
+    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, amax: int, tables: Tables
+) -> Launch:
+    """The same tables for rows that already lie at ``expert * max_tokens``."""
+    kernel = compiler.kernel("route.cu", "route_padded", device, Id={"int32": "int", "int64": "long long"}[dtype])
+    return Launch(
+        kernel, (experts, 1), STRETCH_THREADS, expert_num_tokens=expert_num_tokens, experts=experts,
+        max_tokens=max_tokens, expert_counts=maps.expert_counts, src2dst_map=maps.src2dst,
+        row_experts=maps.row_experts, amax=amax, tables=tables,
+    )
+
+
+def quantize(
+    device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
+    src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
+    amax: int = 0, amax_of_valid: bool = False, scale_out: int = 0,
+) -> Launch:
+    """``quantize_shuffle``; ``weighted`` puts the router weight on the input."""
+    stretches, threads, vecs = _grid(out_cols, whole_rows=mode == "TOKEN")
+    kernel = compiler.kernel(
+        "quantize.cu", "quantize_shuffle", device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=vecs,
+        IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
+        PER_EXPERT=bool(scale.expert_stride),
+    )
+    return Launch(
+        kernel, (tokens, stretches), threads, x=x.pointer, x_pitch=x.pitch, src2dst_map=src2dst,
+        row_experts=row_experts, topk_weights=topk_weights, scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride,
+        amax=amax, amax_of_valid=amax_of_valid, topk=topk, cols=cols, out_cols=out_cols, out=out.pointer,
+        out_pitch=out.pitch, scale_out=scale_out,
+    )
+
+
+def activation_quantize(
+    device: int, mode: str, activation: str, gated: bool, x: Matrix, rows: int, cols: int, up_column: int, out: Matrix,
+    out_cols: int, *, x_scale: RowScale = UNSCALED, unit: float = 1.0,
+    w_scale: WeightScale = UNSCALED_WEIGHT, bias: Bias = NO_BIAS, row_experts: int = 0,
+    scale: RowScale = UNSCALED, amax: int = 0, scale_out: int = 0,
+) -> Launch:
+    """``activation_quantize``: ``cols`` columns of gates (and ups from ``up_column``) to ``out_cols`` codes."""
+    stretches, threads, vecs = _grid(out_cols, whole_rows=mode == "TOKEN")
+    aligned = x.aligned(cols) and x.aligned(up_column) and _columns_aligned(cols, w_scale, bias)
+    kernel = compiler.kernel(
+        "activation.cu", "activation_quantize", device, In=compiler.CUDA_TYPES[x.dtype],
+        Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(), VECS=vecs,
+        IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
+    )
+    return Launch(
+        kernel, (rows, stretches), threads, x=x.pointer, x_pitch=x.pitch, up_column=up_column, row_experts=row_experts,
+        x_scale=x_scale.pointer, x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=unit * (1.0 if x_scale.pointer else x_scale.value),
+        w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, w_scale_up=w_scale.up_offset, bias=bias.pointer,
+        scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, amax=amax, cols=cols, out_cols=out_cols,
+        out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+    )
+
+
+def combine(
+    device: int, x: Matrix, rows: int, tokens: int, topk: int, cols: int, out: Matrix, *, x_scale: RowScale = UNSCALED, unit: float = 1.0,
+    w_scale: WeightScale = UNSCALED_WEIGHT, bias: Bias = NO_BIAS, src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, skip_padding: bool = False,
+) -> Launch:
+    """``combine``; ``src2dst`` of 0 takes row ``t`` for token ``t``, ``topk_weights`` of 0 weighs each row by 1."""
+    stretches, threads, _ = _grid(cols, whole_rows=False)
+    kernel = compiler.kernel(
+        "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
+        Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,
+        IN_ALIGNED=x.aligned(cols) and _columns_aligned(cols, w_scale, bias), OUT_ALIGNED=out.aligned(cols),
+        PER_CHANNEL=w_scale.per_channel,
+    )
+    return Launch(
+        kernel, (tokens, stretches), threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,
+        row_experts=row_experts, topk_weights=topk_weights, x_scale=x_scale.pointer,
+        x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=unit * (1.0 if x_scale.pointer else x_scale.value), w_scale=w_scale.pointer,
+        w_scale_stride=w_scale.stride, bias=bias.pointer, skip_padding=skip_padding, cols=cols, out=out.pointer,
+        out_pitch=out.pitch,
+    )
+
+
+def shuffle_rows(
+    device: int, x: int, pitch_bytes: int, tokens: int, dst2src: int, rows: int, row_bytes: int, out: int
+) -> Launch:
+    """``shuffle_rows`` in the widest words that the rows and addresses allow."""
+    words = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
+    size = next(n for n in words if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
+    total = rows * (row_bytes // size)
+    return Launch(
+        compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=words[size]),
+        (min(-(-total // STRETCH_THREADS), 1 << 20), 1), STRETCH_THREADS, x=x, x_pitch=pitch_bytes // size,
+        dst2src_map=dst2src, tokens=tokens, rows=rows, words=row_bytes // size, out=out,
+    )
+
+
+def topk_softmax(
+    device: int, gating: Matrix, tokens: int, experts: int, topk: int, renormalize: bool, weights: int, ids: int
+) -> Launch:
+    """``topk_softmax``, four tokens per block."""
+    kernel = compiler.kernel(
+        "topk_softmax.cu", "topk_softmax", device, In=compiler.CUDA_TYPES[gating.dtype], VALUES=-(-experts // 32)
+    )
+    return Launch(
+        kernel, (-(-tokens // 4), 1), 128, gating=gating.pointer, gating_pitch=gating.pitch, tokens=tokens,
+        experts=experts, topk=topk, renormalize=renormalize, topk_weights=weights, topk_ids=ids,
+    )
+
+
+def _columns_aligned(cols: int, w_scale: WeightScale, bias: Bias) -> bool:
+    """Whether per-channel scales and bias allow vectors of eight columns wherever they are used."""
+    scales = not w_scale.per_channel or not (w_scale.pointer % 16 or w_scale.stride % 4 or w_scale.up_offset % 4)
+    return scales and not (bias.pointer % 16) and cols % VECTOR == 0

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// combine: GEMM 2's unscaled product back to tokens.
+//
+// out[token] = sum over slots, in slot order, of weight * (x[row] * (row scale * weight scale) + bias), in float32. One
+// block takes one token (blockIdx.x) and one stretch of its columns (blockIdx.y). A slot without a row adds nothing.
+//
+// Constants put in front of this text:
+//   In, Out     Half | Bfloat16 | float
+//   Bias        None | Half | Bfloat16 | float
+//   TOPK        slots per token
+//   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
+//   PER_CHANNEL one weight scale per column instead of one per expert
+
+extern "C" __global__ void combine(
+    const In* __restrict__ x,                 // (rows, x_pitch)
+    long long x_pitch,
+    int rows,
+    const int* __restrict__ src2dst_map,      // (tokens, TOPK): row, or outside 0 .. rows - 1; null: row = token
+    const int* __restrict__ row_experts,      // (rows,); null: expert 0
+    const float* __restrict__ topk_weights,   // (tokens, TOPK); null: weights of 1
+    const float* __restrict__ x_scale,        // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
+    int x_scale_row_stride,
+    int x_scale_expert_stride,
+    float unit,                               // what 1 in x stands for: the GEMM scales down to fit a half
+    const float* __restrict__ w_scale,        // w_scale[expert * w_scale_stride (+ col)]; null: 1
+    int w_scale_stride,
+    const Bias* __restrict__ bias,            // (experts, cols)
+    int skip_padding,                         // a token without any row is not written
+    int cols,
+    Out* __restrict__ out,                    // (tokens, out_pitch)
+    long long out_pitch)
+{
+    wait_for_previous_kernel();
+    const int token = blockIdx.x;
+    const int col = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+    if (col >= cols) return;
+    const int count = cols - col;
+
+    float sum[VECTOR] = {};
+    bool any = false;
+#pragma unroll
+    for (int slot = 0; slot < TOPK; ++slot) {
+        const long long pair = (long long)token * TOPK + slot;
+        const int row = src2dst_map ? src2dst_map[pair] : token;
+        const int expert = row < 0 || row >= rows ? -1 : row_experts ? row_experts[row] : 0;
+        if (expert < 0) continue;
+        any = true;
+        float v[VECTOR], scale[VECTOR], shift[VECTOR];
+        load_vector<IN_ALIGNED>(x + row * x_pitch + col, count, v);
+        const long long first = (long long)expert * w_scale_stride;
+        const float expert_scale = pick(w_scale, first, 1.0f);
+        if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(w_scale + first + col, count, scale);
+        if constexpr (sizeof(Bias) > 1) load_vector<IN_ALIGNED>(bias + (long long)expert * cols + col, count, shift);
+        const float row_scale = unit * pick(x_scale, row * x_scale_row_stride + expert * x_scale_expert_stride, 1.0f);
+        const float weight = topk_weights ? topk_weights[pair] : 1.0f;
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
+            if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
+            sum[j] = fmaf(weight, v[j], sum[j]);
+        }
+    }
+    if (any || !skip_padding) store_vector<OUT_ALIGNED>(out + token * out_pitch + col, count, sum);
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// Types, conversions, vector access and reductions shared by every kernel. Pasted in front of each source before it is
+// compiled (NVRTC sees one text, no include path, no CUDA header).
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Half { u16 bits; };
+struct Bfloat16 { u16 bits; };
+struct Fp8 { u8 bits; };  // e4m3, no infinity, NaN is 0x7f / 0xff
+struct None {};           // the type of an argument that this variant does not use
+
+// Where the scale of quantised values comes from; quantize.cu and activation.cu say what each means there.
+enum Mode { AMAX, FROM_AMAX, STATIC, TOKEN };
+enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_MUL };
+
+constexpr float FP8_MAX = 448.0f;
+constexpr float TINY_AMAX = 1e-30f;  // a row of zeros still gets a usable scale
+constexpr int LANES = 32;
+constexpr u32 FULL_WARP = 0xffffffffu;
+
+// ---- programmatic dependent launch ------------------------------------------------------------------------------
+// Lets the next kernel of the stream start its prologue now, then waits until everything before this kernel is done.
+// Nothing may be read or written before it returns. Without the launch attribute both instructions do nothing.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- conversions ------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bfloat16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+__device__ __forceinline__ float to_float(Fp8 x) {
+    // The exponent field of e4m3 lands in that of a half; 2^8 corrects the bias, subnormals included.
+    if ((x.bits & 0x7f) == 0x7f) return __uint_as_float(0x7fc00000u);
+    const float magnitude = to_float(Half{u16((x.bits & 0x7f) << 7)}) * 256.0f;
+    return x.bits & 0x80 ? -magnitude : magnitude;
+}
+
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+__device__ __forceinline__ void from_float(float x, Half& y) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+__device__ __forceinline__ void from_float(float x, Bfloat16& y) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+
+// Two floats to two e4m3 codes, `low` in the low byte: nearest even, saturating, NaN to 0x7f.
+__device__ __forceinline__ u32 encode_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    u16 codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+#else
+    const float values[2] = {low, high};
+    u32 codes = 0;
+    for (int i = 0; i < 2; ++i) {
+        const u32 bits = __float_as_uint(values[i]);
+        const u32 magnitude = bits & 0x7fffffffu;
+        u32 code;
+        if (magnitude > 0x7f800000u) code = 0x7f;
+        else if (magnitude >= 0x43e00000u) code = 0x7e;  // 448 and beyond
+        else if (magnitude < 0x3c800000u)                // below 2^-6: multiples of 2^-9
+            code = u32(__float2int_rn(__uint_as_float(magnitude) * 512.0f));
+        else
+            code = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1)) >> 20) - (120u << 3);
+        if (magnitude <= 0x7f800000u) code |= (bits >> 24) & 0x80u;
+        codes |= code << (8 * i);
+    }
+    return codes;
+#endif
+}
+
+// ---- division by a scale ----------------------------------------------------------------------------------------
+// x / s correctly rounded in three instructions where 1 / s is at hand: one Newton correction of x * (1 / s) (Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000", 1990). Far outside e4m3's range, and for
+// infinities, the product alone is right and the correction could make a NaN.
+struct Divisor {
+    float scale, reciprocal;
+    __device__ explicit Divisor(float s) : scale(s), reciprocal(__frcp_rn(s)) {}
+    __device__ __forceinline__ float divide(float x) const {
+        const float q = x * reciprocal;
+        const float corrected = fmaf(fmaf(-q, scale, x), reciprocal, q);
+        return fabsf(q) < 1024.0f ? corrected : q;
+    }
+};
+
+__device__ __forceinline__ float scale_of_amax(float amax) { return __fdiv_rn(fmaxf(amax, TINY_AMAX), FP8_MAX); }
+
+__device__ __forceinline__ float finite_magnitude(float x) {
+    const float magnitude = fabsf(x);
+    return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;  // false for NaN too
+}
+
+// scales[index], or `value` where there are none.
+__device__ __forceinline__ float pick(const float* scales, long long index, float value) {
+    return scales ? scales[index] : value;
+}
+
+// ---- vectors of eight elements ----------------------------------------------------------------------------------
+constexpr int VECTOR = 8;
+
+// Eight elements from p as floats. ALIGNED: one or two 16-byte loads (8 bytes of fp8), all eight exist. Otherwise element
+// by element, zeros from `count` on.
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void load_vector(const T* p, int count, float (&v)[VECTOR]) {
+    if constexpr (ALIGNED) {
+        union { uint4 words[(sizeof(T) * VECTOR + 15) / 16]; uint2 half_word; T elements[VECTOR]; } data;
+        if constexpr (sizeof(T) == 1) {
+            data.half_word = *reinterpret_cast<const uint2*>(p);
+        } else {
+#pragma unroll
+            for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) data.words[i] = reinterpret_cast<const uint4*>(p)[i];
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) v[i] = to_float(data.elements[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) v[i] = i < count ? to_float(p[i]) : 0.0f;
+    }
+}
+
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void store_vector(T* p, int count, const float (&v)[VECTOR]) {
+    if constexpr (ALIGNED) {
+        union { uint4 words[sizeof(T) * VECTOR / 16]; T elements[VECTOR]; } data;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) from_float(v[i], data.elements[i]);
+#pragma unroll
+        for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) reinterpret_cast<uint4*>(p)[i] = data.words[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i)
+            if (i < count) from_float(v[i], p[i]);
+    }
+}
+
+__device__ __forceinline__ uint2 encode_vector(const float (&v)[VECTOR], Divisor by) {
+    uint2 codes;
+    codes.x = encode_pair(by.divide(v[0]), by.divide(v[1])) | encode_pair(by.divide(v[2]), by.divide(v[3])) << 16;
+    codes.y = encode_pair(by.divide(v[4]), by.divide(v[5])) | encode_pair(by.divide(v[6]), by.divide(v[7])) << 16;
+    return codes;
+}
+
+template <bool ALIGNED>
+__device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
+    if constexpr (ALIGNED) {
+        *reinterpret_cast<uint2*>(p) = codes;
+    } else {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i)
+            if (i < count) p[i] = u8((i < 4 ? codes.x : codes.y) >> (8 * (i & 3)));
+    }
+}
+
+// ---- reductions -------------------------------------------------------------------------------------------------
+// The largest x of the block, in every thread. At most 1024 threads, all of which call it.
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float warp_max[LANES];
+    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    if (threadIdx.x % LANES == 0) warp_max[threadIdx.x / LANES] = x;
+    __syncthreads();
+    const int lane = threadIdx.x % LANES;
+    x = lane < int(blockDim.x / LANES) ? warp_max[lane] : 0.0f;
+    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
+}
+
+// Raises *target to x. Both are not negative, so their bits order as integers; a maximum does not depend on the order.
+__device__ __forceinline__ void atomic_raise(float* target, float x) {
+    atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routing: a stable counting sort of the (token, slot) pairs by expert, and every table that depends on it.
+//
+// A block takes a stretch of pairs, each of its warps a consecutive part. Counting: each warp counts its pairs per expert
+// in its own row of a shared table. Prefix: a column of the table becomes the first position of each warp. Placing: each
+// warp goes through its pairs again and hands out positions in order. Few pairs take one launch (`route`); more take
+// three (`route_count`, `route_scan`, `route_place`), which are the same steps with a prefix over blocks in between.
+//
+// Constant put in front of this text:
+//   Id          int | long long: the type of topk_ids
+
+// Where the grouped GEMMs find the rows of each expert: operand i of expert e starts at base[i] + row * pitch[i] (bytes),
+// written to pointers[i * experts + e]. A base of null: no table is wanted.
+struct Tables { long long* pointers; char* base[4]; long long pitch[4]; };
+
+struct Shape {
+    const Id* ids;
+    int pairs, topk, experts;
+    const int* expert_map;  // null: ids are local
+    int map_size;
+};
+
+// The local expert of a pair, -1 if the id is invalid in any way.
+__device__ __forceinline__ int local_expert(const Shape& shape, int pair) {
+    Id id = shape.ids[pair];
+    if (shape.expert_map) {
+        if (id < 0 || id >= shape.map_size) return -1;
+        id = shape.expert_map[id];
+    }
+    return id >= 0 && id < shape.experts ? int(id) : -1;
+}
+
+extern __shared__ int table[];  // [warps][experts]
+
+// Calls visit(pair, expert, lanes of this warp with the same expert) for each pair of this warp, 32 at a time, in order.
+template <typename Visit>
+__device__ __forceinline__ void for_pairs_of_warp(const Shape& shape, int begin, int end, Visit visit) {
+    const int warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int span = ((end - begin + warps - 1) / warps + LANES - 1) / LANES * LANES;
+    const int stop = min(begin + (warp + 1) * span, end);
+    for (int i = begin + warp * span; i < stop; i += LANES) {
+        const int pair = i + lane;
+        const int expert = pair < stop ? local_expert(shape, pair) : -1;
+        const u32 same = __match_any_sync(FULL_WARP, expert);
+        visit(pair, expert, same);
+        __syncwarp();
+    }
+}
+
+// table[warp][expert] = pairs of this warp for that expert.
+__device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int end) {
+    for (int i = threadIdx.x; i < int(blockDim.x / LANES) * shape.experts; i += blockDim.x) table[i] = 0;
+    __syncthreads();
+    int* mine = table + threadIdx.x / LANES * shape.experts;
+    for_pairs_of_warp(shape, begin, end, [&](int, int expert, u32 same) {
+        if (expert >= 0 && int(threadIdx.x % LANES) == __ffs(same) - 1) mine[expert] += __popc(same);
+    });
+    __syncthreads();
+}
+
+// Turns column `expert` of the table into running positions from `position` on; returns the position after the last.
+__device__ __forceinline__ int prefix_over_warps(int expert, int experts, int position) {
+    for (int warp = 0; warp < int(blockDim.x / LANES); ++warp) {
+        const int n = table[warp * experts + expert];
+        table[warp * experts + expert] = position;
+        position += n;
+    }
+    return position;
+}
+
+// Places the pairs from the positions in the table on.
+__device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int end, int* dst2src_map, int* src2dst_map,
+                                            int* row_experts) {
+    int* mine = table + threadIdx.x / LANES * shape.experts;
+    for_pairs_of_warp(shape, begin, end, [&](int pair, int expert, u32 same) {
+        const int lane = threadIdx.x % LANES;
+        int row = -1;
+        if (expert >= 0) row = mine[expert] + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
+        if (pair < end && pair < shape.pairs) {
+            if (row >= 0) {
+                dst2src_map[row] = pair / shape.topk;
+                row_experts[row] = expert;
+            }
+            src2dst_map[pair] = row;
+        }
+    });
+}
+
+// Exclusive sum over the threads of the block, plus `carry`; carry grows by the block's sum.
+__device__ __forceinline__ int block_exclusive_sum(int x, int& carry) {
+    __shared__ int warp_sums[LANES];
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    int inclusive = x;
+    for (int offset = 1; offset < LANES; offset *= 2) {
+        const int left = __shfl_up_sync(FULL_WARP, inclusive, offset);
+        if (lane >= offset) inclusive += left;
+    }
+    __syncthreads();  // the previous call's sums have been read
+    if (lane == LANES - 1) warp_sums[warp] = inclusive;
+    __syncthreads();
+    int sums = lane < warps ? warp_sums[lane] : 0;
+    for (int offset = 1; offset < LANES; offset *= 2) {
+        const int left = __shfl_up_sync(FULL_WARP, sums, offset);
+        if (lane >= offset) sums += left;
+    }
+    const int before = warp ? __shfl_sync(FULL_WARP, sums, max(warp - 1, 0)) : 0;
+    const int result = carry + before + inclusive - x;
+    carry += __shfl_sync(FULL_WARP, sums, LANES - 1);
+    return result;
+}
+
+__device__ __forceinline__ void write_expert(int expert, int experts, int row, int count, int* expert_counts,
+                                             const Tables& tables) {
+    expert_counts[expert] = count;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (tables.base[i]) tables.pointers[i * experts + expert] = (long long)(tables.base[i] + row * tables.pitch[i]);
+}
+
+// Rows past the last valid one.
+__device__ __forceinline__ void clear_tail(int first, int step, int begin, int pairs, int* dst2src_map, int* row_experts) {
+    for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
+}
+
+// All in one block. amax: two maxima that later kernels raise from 0.
+extern "C" __global__ void route(
+    const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int* expert_offsets,
+    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, float* amax, Tables tables)
+{
+    wait_for_previous_kernel();
+    const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
+    if (threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
+    count_pairs(shape, 0, pairs);
+    int total = 0;
+    for (int base = 0; base < experts; base += blockDim.x) {
+        const int expert = base + threadIdx.x;
+        const int count = expert < experts ? prefix_over_warps(expert, experts, 0) : 0;
+        const int row = block_exclusive_sum(count, total);
+        if (expert < experts) {
+            for (int warp = 0; warp < int(blockDim.x / LANES); ++warp) table[warp * experts + expert] += row;
+            expert_offsets[expert] = row;
+            write_expert(expert, experts, row, count, expert_counts, tables);
+        }
+    }
+    if (threadIdx.x == 0) expert_offsets[experts] = total;
+    __syncthreads();
+    place_pairs(shape, 0, pairs, dst2src_map, src2dst_map, row_experts);
+    clear_tail(threadIdx.x, blockDim.x, total, pairs, dst2src_map, row_experts);
+}
+
+// block_counts[block][expert] for the stretch of each block.
+extern "C" __global__ void route_count(
+    const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
+    int* block_counts)
+{
+    wait_for_previous_kernel();
+    const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
+    const int begin = blockIdx.x * pairs_per_block;
+    count_pairs(shape, begin, min(begin + pairs_per_block, pairs));
+    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
+        block_counts[(long long)blockIdx.x * experts + expert] = prefix_over_warps(expert, experts, 0);
+}
+
+// One block: counts become the first row of each (block, expert).
+extern "C" __global__ void route_scan(
+    int blocks, int experts, int* block_counts, int* expert_offsets, int* expert_counts, float* amax, Tables tables)
+{
+    wait_for_previous_kernel();
+    if (threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
+    int total = 0;
+    for (int base = 0; base < experts; base += blockDim.x) {
+        const int expert = base + threadIdx.x;
+        int count = 0;
+        for (int block = 0; expert < experts && block < blocks; ++block)
+            count += block_counts[(long long)block * experts + expert];
+        const int first = block_exclusive_sum(count, total);
+        if (expert >= experts) continue;
+        expert_offsets[expert] = first;
+        write_expert(expert, experts, first, count, expert_counts, tables);
+        for (int block = 0, row = first; block < blocks; ++block) {
+            int& slot = block_counts[(long long)block * experts + expert];
+            const int n = slot;
+            slot = row;
+            row += n;
+        }
+    }
+    if (threadIdx.x == 0) expert_offsets[experts] = total;
+}
+
+extern "C" __global__ void route_place(
+    const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
+    const int* block_rows, const int* expert_offsets, int* dst2src_map, int* src2dst_map, int* row_experts)
+{
+    wait_for_previous_kernel();
+    const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
+    const int begin = blockIdx.x * pairs_per_block;
+    const int end = min(begin + pairs_per_block, pairs);
+    count_pairs(shape, begin, end);
+    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
+        prefix_over_warps(expert, experts, block_rows[(long long)blockIdx.x * experts + expert]);
+    __syncthreads();
+    place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
+    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, expert_offsets[experts], pairs, dst2src_map,
+               row_experts);
+}
+
+// The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
+extern "C" __global__ void route_padded(
+    const Id* expert_num_tokens, int experts, int max_tokens, int* expert_counts, int* src2dst_map, int* row_experts,
+    float* amax, Tables tables)
+{
+    wait_for_previous_kernel();
+    const int expert = blockIdx.x;
+    const int count = int(max(Id(0), min(Id(max_tokens), expert_num_tokens[expert])));
+    for (int i = threadIdx.x; i < max_tokens; i += blockDim.x) {
+        const int row = expert * max_tokens + i;
+        src2dst_map[row] = i < count ? row : -1;
+        row_experts[row] = i < count ? expert : -1;
+    }
+    if (threadIdx.x == 0) write_expert(expert, experts, expert * max_tokens, count, expert_counts, tables);
+    if (expert == 0 && threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
+}
