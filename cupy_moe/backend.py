@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backends run the grouped GEMMs here, and why the others do not."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from cupy_moe import arrays, checks, cublaslt, e4m3
+
+NAMES = ("cublaslt", "reference")
+"""Backends, the preferred one first."""
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def backends(device: int | None = None) -> dict[str, str]:
+    """Name of each backend to ``"available"`` or the reason why it is not.
+
+    Parameters
+    ----------
+    device
+        CUDA device number; None is CuPy's current one.
+    """
+    status = {"cublaslt": _cublaslt_problem(device) or "available", "reference": "available"}
+    return {name: status[name] for name in NAMES}
+
+
+def choose(device: int, backend: str | None) -> str:
+    """The backend for arrays on ``device``: ``backend`` if it is available, the fastest available for None.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    RuntimeError
+        If the backend asked for, or for None every fast one, is not available; the message has the reasons.
+    """
+    if backend is not None:
+        checks.option("backend", backend, NAMES)
+    if device == arrays.CPU:
+        if backend not in (None, "reference"):
+            raise RuntimeError(f"backend: {backend!r} runs on CUDA arrays; got arrays on the CPU, which run 'reference'")
+        return "reference"
+    status = backends(device)
+    if backend is None:
+        backend = next(name for name in NAMES if status[name] == "available")
+        if backend == "reference":
+            reasons = " ".join(f"{name}: {reason}." for name, reason in status.items() if name != "reference")
+            raise RuntimeError(f"no fast backend is available on cuda:{device}. {reasons} "
+                               "backend='reference' runs the slow NumPy definition on the GPU through CuPy.")
+    if status[backend] != "available":
+        raise RuntimeError(f"backend: {backend!r} is not available on cuda:{device}: {status[backend]}")
+    return backend
+
+
+def explain(device: int, chosen: str) -> str:
+    """One sentence per backend: which runs, and why the others do not."""
+    if device == arrays.CPU:
+        return "reference runs: the arrays are on the CPU."
+    lines = []
+    for name, status in backends(device).items():
+        if name == chosen:
+            lines.append(f"{name} runs on cuda:{device}.")
+        elif status == "available":
+            lines.append(f"{name} is available but slower.")
+        else:
+            lines.append(f"{name} does not run: {status}.")
+    return "\n".join(lines)
+
+
+def _cublaslt_problem(device: int | None) -> str | None:
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cu13]'"
+    try:
+        device = cupy.cuda.runtime.getDevice() if device is None else device
+        capability = capability_of(device)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device ({error})"
+    found, reason = cublaslt.search(capability)
+    if found is None:
+        return reason
+    return _self_test(device)
+
+
+def capability_of(device: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device as (major, minor)."""
+    import cupy
+
+    digits: str = cupy.cuda.Device(device).compute_capability
+    return int(digits[:-1]), int(digits[-1])
+
+
+@cache
+def cublaslt_context(device: int) -> cublaslt.Context:
+    """The cuBLASLt handle of ``device``; only where `backends` calls it available."""
+    import cupy
+
+    found, reason = cublaslt.search(capability_of(device))
+    if found is None:
+        raise RuntimeError(reason)
+    with cupy.cuda.Device(device):
+        return cublaslt.Context(found, device)
+
+
+@cache
+def _self_test(device: int) -> str | None:
+    """Why the library cannot be trusted on ``device``: a small product with an empty group, against exact integers."""
+    import cupy
+
+    from cupy_moe.grouped_gemm import GroupedGemm
+
+    counts, n, k = np.array([5, 0, 17], np.int32), 32, 64
+    first = np.concatenate([[0], np.cumsum(counts)])
+    random = np.random.default_rng(0)
+    # 0, 1 and -1: every sum of products is an exact small integer
+    a = random.integers(-1, 2, (first[-1], k)).astype(np.float32)
+    w = random.integers(-1, 2, (len(counts), n, k)).astype(np.float32)
+    with cupy.cuda.Device(device):
+        left, right = cupy.asarray(e4m3.encode(a)), cupy.asarray(e4m3.encode(w))
+        result = cupy.asarray(np.full((first[-1], n), np.nan, np.float16))
+        rows = cupy.asarray(left.data.ptr + first[:-1] * k)
+        results = cupy.asarray(result.data.ptr + first[:-1] * n * result.itemsize)
+        sizes = cupy.asarray(counts)
+        try:
+            context = cublaslt_context(device)
+            gemm = GroupedGemm(context, right.data.ptr, len(counts), n, k, sizes.data.ptr)
+            gemm.prepare(len(a), rows.data.ptr, results.data.ptr)(cupy.cuda.get_current_stream().ptr)
+            got = result.get().astype(np.float32) * gemm.unit
+        except (cublaslt.CublasError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            return f"the self-test of the library failed: {error}"
+    want = np.concatenate([a[i:j] @ w[e].T for e, (i, j) in enumerate(pairwise(first))])
+    return None if np.array_equal(got, want) else f"the self-test of {context.found.path} gave wrong products"

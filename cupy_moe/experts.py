@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public layer: `Experts`, which calculates once what it can, and `fused_experts`, one call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+from cupy_moe import arrays, checks, driver, reference, spec, validation
+from cupy_moe import backend as backend_choice
+from cupy_moe.arrays import Array
+from cupy_moe.launches import Matrix
+from cupy_moe.pipeline import Addresses, CallShape, Layer, Plan, row_scale
+from cupy_moe.spec import LayerSpec, Operand, Scale
+from cupy_moe.workspace import Workspace
+
+PLANS_KEPT = 256
+LAYERS_KEPT = 128
+
+
+class Experts:
+    """The experts of one MoE layer: fp8 weights, scales and options, ready to be called with tokens.
+
+    Sizes: E experts held here, hidden size K, intermediate size N; R is 2N for gated activations (rows ``0..N-1`` of
+    ``w1[e]`` gate, ``N..2N-1`` up) and N for the others. All arrays are of one kind (NumPy, CuPy or torch) and on one
+    device; they are used in place and have to stay unchanged.
+
+    Parameters
+    ----------
+    w1, w2
+        (E, R, K) and (E, K, N): float8_e4m3fn, or uint8 holding its bits.
+    w1_scale, w2_scale
+        float32. Per tensor (E,), (E, 1) or (E, 1, 1); gate and up apart (E, 2), for ``w1`` only; per channel (E, R) or
+        (E, R, 1), and (E, K) or (E, K, 1).
+    a1_scale, a2_scale
+        Scales of the activations in front of each GEMM. None: dynamic. A number, or an array () or (1,): static. (E,):
+        static per expert. ``a1_scale`` of fp8 hidden states: one, or (M, 1).
+    per_act_token
+        Dynamic scales per token instead of per tensor.
+    activation
+        Gated: "silu", "gelu", "gelu_tanh", "swigluoai". Not gated: "silu_no_mul", "gelu_no_mul", "relu2_no_mul".
+    w1_bias, w2_bias
+        (E, R) and (E, K): float16, bfloat16 or float32.
+    expert_map
+        (global_num_experts,) int32: global expert id to local one, or -1 for experts held elsewhere.
+    apply_router_weight_on_input
+        The router weight multiplies the hidden states instead of the output.
+    out_dtype
+        float16, bfloat16 or float32; None is that of the hidden states (bfloat16 if those are fp8).
+    backend
+        A name of `cupy_moe.backends`; None takes the fastest available.
+    workspace
+        Scratch memory to share with other layers that run one after another on the same stream; None makes one. Calls
+        on streams that may overlap need an `Experts` with a workspace of its own each.
+    validate
+        Check the ids and hidden states of every call and raise ValueError; costs a device synchronisation.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        If the backend is not available here; the message says why and what to do.
+    """
+
+    def __init__(
+        self, w1: Any, w2: Any, *, w1_scale: Any, w2_scale: Any, a1_scale: Any = None, a2_scale: Any = None,
+        per_act_token: bool = False, activation: str = "silu", w1_bias: Any = None, w2_bias: Any = None,
+        expert_map: Any = None, apply_router_weight_on_input: bool = False, out_dtype: Any = None,
+        backend: str | None = None, workspace: Workspace | None = None, validate: bool = False,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "backend", "workspace")}
+        self._setup(spec.layer_spec(**options), backend, workspace)
+
+    @classmethod
+    def _of(cls, checked: LayerSpec, backend: str | None, workspace: Workspace | None) -> Experts:
+        self = cls.__new__(cls)
+        self._setup(checked, backend, workspace)
+        return self
+
+    def _setup(self, checked: LayerSpec, backend: str | None, workspace: Workspace | None) -> None:
+        if not isinstance(workspace, Workspace | None):
+            raise TypeError(f"workspace: expected a cupy_moe.Workspace or None; got {type(workspace).__name__}")
+        self._spec = checked
+        self._backend = backend_choice.choose(checked.device, backend)
+        self._plans: OrderedDict[CallShape, Plan] = OrderedDict()
+        self._workspace = workspace or Workspace()
+        if self._backend == "cublaslt":
+            with arrays.numeric_scope(checked.library, checked.device):
+                self._layer = Layer(checked, backend_choice.cublaslt_context(checked.device))
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs."""
+        return self._backend
+
+    def explain(self) -> str:
+        """Which backend runs, and in one sentence each why the others do not."""
+        return backend_choice.explain(self._spec.device, self._backend)
+
+    def __call__(
+        self, hidden_states: Any, topk_weights: Any, topk_ids: Any, out: Any = None, *, a1_scale: Any = None
+    ) -> Any:
+        """Run the layer.
+
+        Parameters
+        ----------
+        hidden_states
+            (M, K) float16, bfloat16 or float32, any distance between rows; or fp8.
+        topk_weights, topk_ids
+            (M, topk) float32; (M, topk) int32 or int64. An id that is negative, out of range or mapped to -1 adds
+            nothing to the output.
+        out
+            Where to write the result, (M, K); None allocates it with the caller's library.
+        a1_scale
+            Scale of fp8 hidden states: one, or (M, 1); None is that of the layer.
+
+        Returns
+        -------
+        array (M, K) of the kind of ``hidden_states``
+        """
+        own = self._spec
+        call = spec.check_call(own, hidden_states, topk_weights, topk_ids, a1_scale)
+        if own.validate:
+            validation.check_tokens(own, hidden_states, topk_ids)
+        out = spec.check_out(own, out, call.hidden.shape, call.hidden.dtype)
+        if self._backend == "reference":
+            routing = {"topk_weights": topk_weights, "topk_ids": topk_ids}
+            return self._run_reference(reference.fused_experts, hidden_states, routing, call.a1_scale, out)
+        tokens, topk = call.topk_ids.shape
+        self._run(
+            tokens, topk, 0, call.hidden, call.topk_ids, call.topk_weights.pointer, call.a1_scale, own.library.describe(out)
+        )
+        return out
+
+    def batched(self, hidden_states: Any, expert_num_tokens: Any, out: Any = None, *, a1_scale: Any = None) -> Any:
+        """Run the layer on tokens that a dispatcher (PPLX, DeepEP) has already sorted into a padded batch.
+
+        Parameters
+        ----------
+        hidden_states
+            (E, max_tokens, K), contiguous; the dtypes of a call. What lies behind an expert's last token is not used.
+        expert_num_tokens
+            (E,) int32 or int64: tokens of each expert.
+        out
+            (E, max_tokens, K) or None. Rows behind an expert's last token are not written.
+        a1_scale
+            Scale of fp8 hidden states: one, or (E, max_tokens, 1); None is that of the layer.
+
+        Returns
+        -------
+        array (E, max_tokens, K) of the kind of ``hidden_states``, not weighted
+        """
+        own = self._spec
+        hidden, counts, scale = spec.check_batched(own, hidden_states, expert_num_tokens, a1_scale)
+        out = spec.check_out(own, out, hidden.shape, hidden.dtype)
+        if self._backend == "reference":
+            return self._run_reference(
+                reference.batched, hidden_states, {"expert_num_tokens": expert_num_tokens}, scale, out
+            )
+        experts, max_tokens, _ = hidden.shape
+        self._run(experts * max_tokens, 1, max_tokens, hidden, counts, 0, scale, own.library.describe(out))
+        return out
+
+    def _run(
+        self, tokens: int, topk: int, max_tokens: int, hidden: Array, ids: Array, topk_weights: int,
+        scale: Scale | None, out: Array,
+    ) -> None:
+        if tokens == 0:
+            return
+        device = self._spec.device
+        shape = CallShape(
+            tokens, topk, max_tokens, _matrix(hidden), _matrix(out), ids.dtype,
+            int(isinstance(scale, Operand) and len(scale.info.shape) > 1),
+        )
+        at = Addresses(hidden.pointer, ids.pointer, topk_weights, row_scale(scale), out.pointer)
+        stream = self._spec.library.stream(device)
+        with arrays.on_device(device), self._workspace.lock:
+            if driver.is_capturing(stream):
+                self._workspace.note_capture()
+            self._plan(shape)(stream, at)
+
+    def _plan(self, shape: CallShape) -> Plan:
+        plan = self._plans.get(shape)
+        if plan is not None and plan.generation == self._workspace.generation:
+            self._plans.move_to_end(shape)
+            return plan
+        plan = Plan(self._layer, shape, self._workspace)
+        self._plans[shape] = plan
+        if len(self._plans) > PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _run_reference(
+        self, function: Any, hidden_states: Any, tokens: dict[str, Any], scale: Scale | None, out: Any
+    ) -> Any:
+        own = self._spec
+        library = own.library
+        with arrays.numeric_scope(library, own.device):
+            operands = {
+                name: library.to_numeric(x.array) if isinstance(x, Operand) else x
+                for name, x in own.operands().items()
+            }
+            if scale is not None:
+                operands["a1_scale"] = library.to_numeric(scale.array) if isinstance(scale, Operand) else scale
+            options: dict[str, Any] = {"per_act_token": own.per_act_token, "activation": own.activation}
+            if function is reference.batched:
+                del operands["expert_map"]
+            else:
+                options["apply_router_weight_on_input"] = own.apply_router_weight_on_input
+            tokens = {name: library.to_numeric(x) for name, x in tokens.items()}
+            function(library.to_numeric(hidden_states), **tokens, **operands, **options, out=library.to_numeric(out))
+        return out
+
+
+def fused_experts(
+    hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *, w1_scale: Any, w2_scale: Any,
+    a1_scale: Any = None, a2_scale: Any = None, per_act_token: bool = False, activation: str = "silu",
+    w1_bias: Any = None, w2_bias: Any = None, expert_map: Any = None, apply_router_weight_on_input: bool = False,
+    out: Any = None, out_dtype: Any = None, backend: str | None = None, validate: bool = False,
+) -> Any:
+    """Run one MoE layer: the arguments of `Experts` and of its call in one.
+
+    What depends on the weights alone is found again for the same arrays, so repeated calls cost little more than those of
+    `Experts`; the arrays themselves are not kept. Where K or N is no multiple of 16, each call copies the weights into
+    padded ones: make an `Experts` for those. Calls on one stream share their scratch memory.
+
+    Returns
+    -------
+    array (M, K) of the kind of ``hidden_states``
+    """
+    names = (
+        "w1", "w2", "w1_scale", "w2_scale", "a2_scale", "per_act_token", "activation", "w1_bias", "w2_bias",
+        "expert_map", "apply_router_weight_on_input", "out_dtype", "validate",
+    )
+    given = locals()
+    options = {name: given[name] for name in names}
+    ready = _is_fp8(hidden_states)
+    checked = spec.layer_spec(**options, a1_scale=None if ready else a1_scale)
+    experts = _cached_experts(checked, backend)
+    return experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
+
+
+_layers: OrderedDict[Hashable, Experts] = OrderedDict()
+_workspaces: dict[tuple[int, int], Workspace] = {}
+
+
+def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
+    """The `Experts` made earlier for the same addresses and options, if it holds no copy of their contents."""
+    if checked.device == arrays.CPU or backend == "reference":
+        return Experts._of(checked, backend, None)
+    place = checked.device, checked.library.stream(checked.device)
+    key = (place, backend, checked.without_arrays())
+    experts = _layers.get(key)
+    if experts is None:
+        experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
+        if experts._layer.copies:
+            return experts
+        experts._spec = checked.without_arrays()
+        _layers[key] = experts
+        if len(_layers) > LAYERS_KEPT:
+            _layers.popitem(last=False)
+    else:
+        _layers.move_to_end(key)
+    return experts
+
+
+def _matrix(x: Array) -> Matrix:
+    """Rows of an array, with its alignment for an address: what the choice of a kernel depends on."""
+    pitch = x.shape[-1] if len(x.shape) != 2 or x.shape[0] <= 1 else x.strides[0]
+    return Matrix(x.pointer % 16, pitch, x.dtype)
+
+
+def _is_fp8(x: Any) -> bool:
+    library = arrays.library_of(x)
+    return library is not None and library.describe(x).dtype in checks.FP8

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of the layer on the GPU, from routing to the weighted sum.
+
+`Layer` holds what does not depend on the tokens. `Plan` holds the launches for one shape of call, in the order in which
+the data goes through them; running it changes a few addresses and enqueues them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from cupy_moe import launches
+from cupy_moe.checks import FP8
+from cupy_moe.cublaslt import ALIGNMENT, Context
+from cupy_moe.driver import Launch, Tables
+from cupy_moe.grouped_gemm import GroupedGemm
+from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, WeightScale
+from cupy_moe.spec import LayerSpec, Operand, Scale
+from cupy_moe.workspace import Carver, Workspace
+
+
+class CallShape(NamedTuple):
+    """Everything about a call that its launches depend on, addresses apart."""
+
+    tokens: int  # M; E * max_tokens in the padded form
+    topk: int
+    max_tokens: int  # 0, or that of the padded form
+    hidden: Matrix  # with the address modulo 16 for an address, as in `out`
+    out: Matrix
+    id_dtype: str
+    hidden_scale_stride: int  # of fp8 hidden states: 0 for one scale, 1 for one per token
+
+    @property
+    def rows(self) -> int:
+        """(token, slot) pairs."""
+        return self.tokens * self.topk
+
+
+class Addresses(NamedTuple):
+    """What changes from call to call."""
+
+    hidden: int
+    ids: int  # topk_ids, or expert_num_tokens in the padded form
+    topk_weights: int
+    hidden_scale: RowScale  # of fp8 hidden states
+    out: int
+
+
+class Layer:
+    """A layer on one device: weights as the GEMMs want them, scales, tables and the two grouped GEMMs."""
+
+    def __init__(self, spec: LayerSpec, context: Context) -> None:
+        import cupy
+
+        self.spec = spec.without_arrays()
+        self.device = spec.device
+        halves = 2 if spec.gated else 1
+        self.hidden = _up(spec.hidden_size)
+        self.intermediate = _up(spec.intermediate_size)
+        self.product = halves * self.intermediate  # columns of GEMM 1
+        # Weights whose sizes the GEMM cannot take are copied, padded with zeros, once; others are used in place.
+        self.copies: list[Any] = []
+        w1 = self._weights(spec.w1, halves, self.intermediate, self.hidden)
+        w2 = self._weights(spec.w2, 1, self.hidden, self.intermediate)
+        self.w1_scale = WeightScale.of(
+            spec.w1_scale.info, halves * spec.intermediate_size, spec.intermediate_size if spec.gated else 0
+        )
+        self.w2_scale = WeightScale.of(spec.w2_scale.info, spec.hidden_size, 0)
+        self.a1_scale = row_scale(spec.a1_scale) if spec.a1_scale is not None else None
+        self.a2_scale = row_scale(spec.a2_scale) if spec.a2_scale is not None else None
+        self.w1_bias, self.w2_bias = _bias(spec.w1_bias), _bias(spec.w2_bias)
+
+        # cuBLASLt's layouts hold these addresses: the tables live as long as the layer and never move.
+        experts = spec.num_experts
+        self.expert_offsets = cupy.zeros(experts + 1, cupy.int32)
+        self.expert_counts = cupy.zeros(experts, cupy.int32)
+        self.pointers = cupy.zeros((4, experts), cupy.int64)
+        self.amax = cupy.zeros(2, cupy.float32)
+        self.tensor_scales = cupy.zeros(2, cupy.float32)
+        counts = self.expert_counts.data.ptr
+        self.gemm1 = GroupedGemm(context, w1, experts, self.product, self.hidden, counts)
+        self.gemm2 = GroupedGemm(context, w2, experts, self.hidden, self.intermediate, counts)
+        cupy.cuda.get_current_stream().synchronize()  # calls may come on other streams
+
+    def _weights(self, operand: Operand, halves: int, rows: int, cols: int) -> int:
+        """Address of the weights (E, halves * r, c) as codes (E, halves * rows, cols), zeros in what is new."""
+        import cupy
+
+        experts, old_rows, old_cols = operand.info.shape
+        if (old_rows, old_cols) == (halves * rows, cols) and operand.info.pointer % ALIGNMENT == 0:
+            return operand.info.pointer
+        codes = self.spec.library.to_numeric(operand.array).view(cupy.uint8)
+        padded = cupy.zeros((experts, halves, rows, cols), cupy.uint8)
+        padded[:, :, : old_rows // halves, :old_cols] = codes.reshape(experts, halves, -1, old_cols)
+        self.copies.append(padded)
+        return int(padded.data.ptr)
+
+
+class Buffers:
+    """The intermediates of a call, laid out one after another from an address on."""
+
+    def __init__(self, layer: Layer, shape: CallShape, base: int = 0) -> None:
+        carver = Carver(base)
+        rows = shape.rows
+        self.x = Matrix(carver.take(rows * layer.hidden), layer.hidden, "uint8")
+        self.product = Matrix(carver.take(rows * layer.product * 2), layer.product, "float16")
+        self.a = Matrix(carver.take(rows * layer.intermediate), layer.intermediate, "uint8")
+        self.y = Matrix(carver.take(rows * layer.hidden * 2), layer.hidden, "float16")
+        self.x_scales = carver.take(rows * 4)
+        self.a_scales = carver.take(rows * 4)
+        self.maps = Maps(
+            layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
+            carver.take(rows * 4),
+        )
+        self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
+        self.nbytes = carver.used
+
+
+class Plan:
+    """The launches of one shape of call."""
+
+    def __init__(self, layer: Layer, shape: CallShape, workspace: Workspace) -> None:
+        self.layer, self.shape = layer, shape
+        self.buffers = Buffers(layer, shape, workspace.reserve(Buffers(layer, shape).nbytes, layer.device))
+        self.generation = workspace.generation
+        self.ready = shape.hidden.dtype in FP8
+        tables = [table.data.ptr for table in layer.pointers]
+
+        self.route = self._route()
+        self.quantize, x_scale = self._quantize()
+        gemm1 = layer.gemm1.prepare(shape.rows, tables[0], tables[1])
+        self.activate, a_scale = self._activate(x_scale)
+        gemm2 = layer.gemm2.prepare(shape.rows, tables[2], tables[3])
+        self.combine = self._combine(a_scale)
+        self.steps: list[Callable[[int], None]] = [
+            *self.route, *self.quantize, gemm1, *self.activate, gemm2, self.combine
+        ]
+
+    def __call__(self, stream: int, at: Addresses) -> None:
+        """Enqueue the call on ``stream``."""
+        ids = "expert_num_tokens" if self.shape.max_tokens else "ids"
+        for launch in self.route:
+            if ids in launch.kernel.parameters:
+                launch.set(**{ids: at.ids})
+        weighted = self.layer.spec.apply_router_weight_on_input
+        for launch in self.quantize:
+            launch.set(x=at.hidden, topk_weights=at.topk_weights if weighted else 0)
+            if self.ready:
+                launch.set(scale_in=at.hidden_scale.pointer, scale_value=at.hidden_scale.value)
+        self.combine.set(out=at.out, topk_weights=0 if weighted else at.topk_weights)
+        for step in self.steps:
+            step(stream)
+
+    def _route(self) -> list[Launch]:
+        layer, shape, buffers = self.layer, self.shape, self.buffers
+        operands = ((buffers.x, 1), (buffers.product, 2), (buffers.a, 1), (buffers.y, 2))
+        tables = Tables(
+            layer.pointers.data.ptr,
+            (ctypes.c_void_p * 4)(*(matrix.pointer for matrix, _ in operands)),
+            (ctypes.c_int64 * 4)(*(matrix.pitch * itemsize for matrix, itemsize in operands)),
+        )
+        experts, amax = layer.spec.num_experts, layer.amax.data.ptr
+        if shape.max_tokens:
+            return [launches.route_padded(
+                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, amax, tables
+            )]
+        expert_map = layer.spec.expert_map
+        return launches.route(
+            layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps, amax,
+            expert_map=expert_map.info.pointer if expert_map else 0,
+            map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
+        )
+
+    def _quantize(self) -> tuple[list[Launch], RowScale]:
+        """The launches, and where the scales of the rows are then."""
+        layer, shape, buffers = self.layer, self.shape, self.buffers
+        spec = layer.spec
+        amax, tensor_scale = layer.amax.data.ptr, layer.tensor_scales.data.ptr
+        if self.ready:
+            modes, given = ["STATIC"], RowScale(row_stride=shape.hidden_scale_stride)
+            scale_out, result = buffers.x_scales, RowScale(buffers.x_scales, row_stride=1)
+        else:
+            modes, given, scale_out, result = _scaling(
+                layer.a1_scale, spec.per_act_token, buffers.x_scales, tensor_scale
+            )
+        return [
+            launches.quantize(
+                layer.device, mode, shape.hidden, shape.tokens, spec.hidden_size, buffers.x, layer.hidden,
+                topk=shape.topk, src2dst=buffers.maps.src2dst, row_experts=buffers.maps.row_experts,
+                weighted=spec.apply_router_weight_on_input, scale=given, amax=amax,
+                amax_of_valid=bool(shape.max_tokens), scale_out=scale_out,
+            )
+            for mode in modes
+        ], result
+
+    def _activate(self, x_scale: RowScale) -> tuple[list[Launch], RowScale]:
+        layer, shape, buffers = self.layer, self.shape, self.buffers
+        spec = layer.spec
+        amax, tensor_scale = layer.amax.data.ptr + 4, layer.tensor_scales.data.ptr + 4
+        modes, given, scale_out, result = _scaling(layer.a2_scale, spec.per_act_token, buffers.a_scales, tensor_scale)
+        return [
+            launches.activation_quantize(
+                layer.device, mode, spec.activation, spec.gated, buffers.product, shape.rows, spec.intermediate_size,
+                layer.intermediate, buffers.a, layer.intermediate, x_scale=x_scale, unit=layer.gemm1.unit, w_scale=layer.w1_scale,
+                bias=layer.w1_bias, row_experts=buffers.maps.row_experts, scale=given, amax=amax, scale_out=scale_out,
+            )
+            for mode in modes
+        ], result
+
+    def _combine(self, a_scale: RowScale) -> Launch:
+        layer, shape, maps = self.layer, self.shape, self.buffers.maps
+        return launches.combine(
+            layer.device, self.buffers.y, shape.rows, shape.tokens, shape.topk, layer.spec.hidden_size, shape.out, x_scale=a_scale,
+            unit=layer.gemm2.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst, row_experts=maps.row_experts,
+            skip_padding=bool(shape.max_tokens),
+        )
+
+
+def _scaling(
+    static: RowScale | None, per_token: bool, row_scales: int, tensor_scale: int
+) -> tuple[list[str], RowScale, int, RowScale]:
+    """Modes to launch, the scale given, where a scale made goes, and where the next kernel finds the rows' scales."""
+    if static is not None:
+        return ["STATIC"], static, 0, static
+    if per_token:
+        return ["TOKEN"], UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
+    return ["AMAX", "FROM_AMAX"], UNSCALED, tensor_scale, RowScale(tensor_scale)
+
+
+def _up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def row_scale(scale: Scale | None) -> RowScale:
+    """A scale of activations as the kernels take it: one, one per expert (E,) or one per row (rows, 1)."""
+    if not isinstance(scale, Operand):
+        return RowScale(value=1.0 if scale is None else scale)
+    shape = scale.info.shape
+    return RowScale(
+        scale.info.pointer, row_stride=int(len(shape) > 1), expert_stride=int(len(shape) == 1 and shape != (1,))
+    )
+
+
+def _bias(bias: Operand | None) -> Bias:
+    return Bias(bias.info.pointer, bias.info.dtype) if bias else NO_BIAS

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's weights, scales and options, checked once: everything that does not depend on the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from cupy_moe import arrays, checks
+from cupy_moe.activations import ACTIVATIONS
+from cupy_moe.arrays import Array, Library
+
+
+class Operand(NamedTuple):
+    """An argument: the caller's array, kept alive, and its description."""
+
+    array: Any
+    info: Array
+
+
+Scale = Operand | float
+"""A scale of activations: an array, or a number that travels as a kernel argument."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The checked arguments of `cupy_moe.Experts`; the names are those of its parameters."""
+
+    library: Library
+    device: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    w1: Operand
+    w2: Operand
+    w1_scale: Operand
+    w2_scale: Operand
+    a1_scale: Scale | None
+    a2_scale: Scale | None
+    w1_bias: Operand | None
+    w2_bias: Operand | None
+    expert_map: Operand | None
+    per_act_token: bool
+    activation: str
+    apply_router_weight_on_input: bool
+    out_dtype: str | None
+    validate: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether ``w1`` holds gates and ups."""
+        return ACTIVATIONS[self.activation].gated
+
+    def operands(self) -> dict[str, Scale | None]:
+        """The array arguments (and scales that are numbers) by name."""
+        return {name: getattr(self, name) for name in _OPERANDS}
+
+    def without_arrays(self) -> LayerSpec:
+        """The same with the addresses only: hashable, and keeps nothing alive."""
+        bare: dict[str, Any] = {name: Operand(None, x.info) for name, x in self.operands().items() if isinstance(x, Operand)}
+        return replace(self, **bare)
+
+    def result_dtype(self, hidden_dtype: str) -> str:
+        """The dtype of the output for hidden states of ``hidden_dtype``."""
+        if self.out_dtype:
+            return self.out_dtype
+        return "bfloat16" if hidden_dtype in checks.FP8 else hidden_dtype
+
+
+_OPERANDS = (
+    "w1", "w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias", "expert_map"
+)
+
+
+def layer_spec(
+    w1: Any, w2: Any, *, w1_scale: Any, w2_scale: Any, a1_scale: Any = None, a2_scale: Any = None,
+    per_act_token: bool = False, activation: str = "silu", w1_bias: Any = None, w2_bias: Any = None,
+    expert_map: Any = None, apply_router_weight_on_input: bool = False, out_dtype: Any = None, validate: bool = False,
+) -> LayerSpec:
+    """Check the arguments of `cupy_moe.Experts`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what is allowed and what came.
+    """
+    library = checks.library_of("w1", w1)
+    device = library.describe(w1).device
+    checks.option("activation", activation, ACTIVATIONS)
+    gated = ACTIVATIONS[activation].gated
+
+    first = checks.expect("w1", checks.describe("w1", w1, library, device), checks.FP8, ("E", "2N" if gated else "N", "K"))
+    num_experts, rows, hidden_size = first.shape
+    if 0 in first.shape or rows % (2 if gated else 1):
+        halves = " and an even second size (gates, then ups)" if gated else ""
+        raise ValueError(f"w1: expected sizes of at least 1{halves} for activation {activation!r}; got {first.shape}")
+    intermediate_size = rows // 2 if gated else rows
+    second = checks.expect(
+        "w2", checks.describe("w2", w2, library, device), checks.FP8, (num_experts, hidden_size, intermediate_size)
+    )
+
+    def operand(name: str, x: Any, dtypes: tuple[str, ...], *shapes: checks.Shape) -> Operand | None:
+        if x is None:
+            return None
+        return Operand(x, checks.expect(name, checks.describe(name, x, library, device), dtypes, *shapes))
+
+    def weight_scale(name: str, x: Any, channels: int, halves: bool) -> Operand:
+        if x is None:
+            raise ValueError(f"{name}: a scale is needed: float32 of shape (E,), or (E, {channels}) per channel")
+        shapes = checks.weight_scale_shapes(num_experts, channels, halves)
+        return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
+
+    def activation_scale(name: str, x: Any) -> Scale | None:
+        if x is None:
+            return None
+        value = checks.number(name, x)
+        if value is not None:
+            return value
+        shapes: list[checks.Shape] = [(), (1,), (num_experts,)]
+        if name == "a1_scale":  # (M, 1) belongs to fp8 hidden states: whether they are is known at the call
+            shapes.append(("M", 1))
+        return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
+
+    name = None if out_dtype is None else checks.option("out_dtype", arrays.dtype_name(out_dtype), checks.FLOATS)
+    return LayerSpec(
+        library=library, device=device, num_experts=num_experts, hidden_size=hidden_size,
+        intermediate_size=intermediate_size, w1=Operand(w1, first), w2=Operand(w2, second),
+        w1_scale=weight_scale("w1_scale", w1_scale, rows, gated),
+        w2_scale=weight_scale("w2_scale", w2_scale, hidden_size, False),
+        a1_scale=activation_scale("a1_scale", a1_scale), a2_scale=activation_scale("a2_scale", a2_scale),
+        w1_bias=operand("w1_bias", w1_bias, checks.FLOATS, (num_experts, rows)),
+        w2_bias=operand("w2_bias", w2_bias, checks.FLOATS, (num_experts, hidden_size)),
+        expert_map=operand("expert_map", expert_map, ("int32",), ("global_num_experts",)),
+        per_act_token=checks.flag("per_act_token", per_act_token), activation=activation,
+        apply_router_weight_on_input=checks.flag("apply_router_weight_on_input", apply_router_weight_on_input),
+        out_dtype=name, validate=checks.flag("validate", validate),
+    )
+
+
+class Call(NamedTuple):
+    """The checked arguments of one call."""
+
+    hidden: Array
+    topk_weights: Array
+    topk_ids: Array
+    a1_scale: Scale | None  # of fp8 hidden states
+
+
+def check_call(spec: LayerSpec, hidden_states: Any, topk_weights: Any, topk_ids: Any, a1_scale: Any = None) -> Call:
+    """Check the arguments of one call against the layer."""
+    library, device = spec.library, spec.device
+    hidden = checks.describe("hidden_states", hidden_states, library, device)
+    checks.expect(
+        "hidden_states", hidden, (*checks.FLOATS, *checks.FP8), ("M", spec.hidden_size), rows_only=True
+    )
+    tokens = hidden.shape[0]
+    ids = checks.describe("topk_ids", topk_ids, library, device)
+    checks.expect("topk_ids", ids, checks.INDICES, (tokens, "topk"))
+    weights = checks.describe("topk_weights", topk_weights, library, device)
+    checks.expect("topk_weights", weights, ("float32",), ids.shape)
+    if ids.shape[1] < 1:
+        raise ValueError(f"topk_ids: expected at least one expert per token; got shape {ids.shape}")
+    return Call(hidden, weights, ids, hidden_scale(spec, hidden, (tokens, 1), a1_scale))
+
+
+def check_batched(
+    spec: LayerSpec, hidden_states: Any, expert_num_tokens: Any, a1_scale: Any = None
+) -> tuple[Array, Array, Scale | None]:
+    """Check the arguments of the padded form."""
+    library, device = spec.library, spec.device
+    if spec.apply_router_weight_on_input:
+        raise ValueError(
+            "apply_router_weight_on_input: the padded form has no router weights: False is needed; got True"
+        )
+    hidden = checks.describe("hidden_states", hidden_states, library, device)
+    checks.expect(
+        "hidden_states", hidden, (*checks.FLOATS, *checks.FP8), (spec.num_experts, "max_tokens", spec.hidden_size)
+    )
+    counts = checks.describe("expert_num_tokens", expert_num_tokens, library, device)
+    checks.expect("expert_num_tokens", counts, checks.INDICES, (spec.num_experts,))
+    return hidden, counts, hidden_scale(spec, hidden, (*hidden.shape[:2], 1), a1_scale)
+
+
+def hidden_scale(spec: LayerSpec, hidden: Array, per_token: checks.Shape, a1_scale: Any) -> Scale | None:
+    """The scale that belongs to fp8 hidden states, from the call or else from the layer; None for other dtypes."""
+    own = spec.a1_scale
+    if hidden.dtype not in checks.FP8:
+        if a1_scale is not None:
+            raise ValueError(f"a1_scale: goes with fp8 hidden_states in a call; hidden_states are {hidden.dtype}")
+        if isinstance(own, Operand) and own.info.shape not in ((), (1,), (spec.num_experts,)):
+            raise ValueError(
+                f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "
+                f"hidden_states; got {own.info.shape} (one per token goes with fp8 hidden_states)"
+            )
+        return None
+    scale: Scale | None = own
+    if a1_scale is not None:
+        scale = checks.number("a1_scale", a1_scale)
+        if scale is None:
+            scale = Operand(a1_scale, checks.describe("a1_scale", a1_scale, spec.library, spec.device))
+    if scale is None:
+        raise ValueError("a1_scale: fp8 hidden_states need their scale: one, or one per token of shape (M, 1)")
+    if isinstance(scale, Operand):
+        checks.expect("a1_scale", scale.info, ("float32",), (), (1,), per_token)
+    return scale
+
+
+def check_out(spec: LayerSpec, out: Any, shape: tuple[int, ...], hidden_dtype: str) -> Any:
+    """``out`` checked, its dtype deciding where ``out_dtype`` is None; or a new array where it is None."""
+    if out is None:
+        return spec.library.empty(shape, spec.result_dtype(hidden_dtype), spec.device)
+    info = checks.describe("out", out, spec.library, spec.device)
+    checks.expect("out", info, (spec.out_dtype,) if spec.out_dtype else checks.FLOATS, shape, rows_only=True)
+    return out

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the step functions share: checking arguments of one kind, and running on the CPU or the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cupy_moe import arrays, checks
+from cupy_moe.arrays import Array
+from cupy_moe.driver import Launch
+from cupy_moe.launches import Matrix, RowScale, WeightScale
+
+_ABSENT = Array(0, (), (), "None", arrays.CPU)
+
+
+class Arguments:
+    """The arguments of one step: the first array decides the kind and the device of all.
+
+    Parameters
+    ----------
+    name, x
+        The first array argument.
+    """
+
+    def __init__(self, name: str, x: Any) -> None:
+        self.library = checks.library_of(name, x)
+        self.first = self.library.describe(x)
+        self.device = self.first.device
+        self.on_cpu = self.device == arrays.CPU
+
+    @property
+    def stream(self) -> int:
+        """The caller's current stream."""
+        return self.library.stream(self.device)
+
+    def expect(self, name: str, x: Any, dtypes: Iterable[str], *shapes: checks.Shape, rows_only: bool = False) -> Array:
+        """A required array, checked."""
+        info = checks.describe(name, x, self.library, self.device)
+        return checks.expect(name, info, dtypes, *shapes, rows_only=rows_only)
+
+    def optional(self, name: str, x: Any, dtypes: Iterable[str], *shapes: checks.Shape) -> Array:
+        """An optional array, checked; address 0 for None."""
+        return _ABSENT if x is None else self.expect(name, x, dtypes, *shapes)
+
+    def row_scale(self, name: str, scale: Any, shapes: Iterable[checks.Shape]) -> RowScale:
+        """A scale of activations."""
+        value = 1.0 if scale is None else checks.number(name, scale)
+        if value is not None:
+            return RowScale(value=value)
+        info = self.expect(name, scale, ("float32",), *shapes)
+        per_expert = len(info.shape) == 1 and info.shape != (1,)
+        return RowScale(info.pointer, row_stride=int(len(info.shape) == 2), expert_stride=int(per_expert))
+
+    def weight_scale(self, name: str, scale: Any, experts: int, channels: int, up_channel: int) -> WeightScale:
+        """A scale of weights with ``channels`` rows per expert, the ups from ``up_channel`` on (0: there are none)."""
+        if scale is None:
+            return WeightScale()
+        info = self.expect(name, scale, ("float32",), *checks.weight_scale_shapes(experts, channels, bool(up_channel)))
+        return WeightScale.of(info, channels, up_channel)
+
+    def experts(self, **per_expert: Any) -> int:
+        """The number of experts that the arguments with one entry per expert speak of; 1 if there are none."""
+        for name, x in per_expert.items():
+            library = None if x is None else arrays.library_of(x)
+            if library is None:
+                continue
+            shape = library.describe(x).shape
+            if name in ("w_scale", "bias") and shape:
+                return shape[0]
+            if len(shape) == 1 and shape != (1,):
+                return shape[0]
+        return 1
+
+    def row_experts(self, x: Any, rows: int, experts: int) -> int:
+        """Address of the experts of the rows, 0 for None, which is enough for one expert only."""
+        if x is None and experts > 1:
+            raise ValueError(f"row_experts: needed with arguments per expert (they are for {experts}); got None")
+        return self.optional("row_experts", x, ("int32",), (rows,)).pointer
+
+    def result(self, name: str, out: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """``out`` checked, or a new array for None."""
+        if out is None:
+            return self.empty(shape, dtype)
+        self.expect(name, out, (dtype,), shape)
+        return out
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A new array of the caller's kind."""
+        return self.library.empty(shape, dtype, self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+        """A new array of zeros of the caller's kind."""
+        return self.library.zeros(shape, dtype, self.device)
+
+    def as_scale(self, scale: Any) -> Any:
+        """A scale argument as an array, to be returned: numbers become (1,)."""
+        if checks.number("scale", scale) is None:
+            return scale.reshape(1) if scale.ndim == 0 else scale
+        made = self.empty((1,), "float32")
+        made[...] = float(scale)
+        return made
+
+    def pointer(self, x: Any) -> int:
+        """Address of an array."""
+        return self.library.describe(x).pointer
+
+    def matrix(self, info: Array) -> Matrix:
+        """A checked matrix as the launches take it."""
+        return Matrix(info.pointer, info.strides[0] if info.shape[0] > 1 else info.shape[1], info.dtype)
+
+    def numeric(self, x: Any) -> Any:
+        """The array in CuPy's or NumPy's terms, the same memory."""
+        return self.library.to_numeric(x)
+
+    def run(self, *launches: Launch) -> None:
+        """Enqueue launches on the caller's current stream."""
+        stream = self.stream
+        with arrays.on_device(self.device):
+            for launch in launches:
+                launch(stream)
+
+    def reference(self, function: Callable[..., Any], *positional: Any, out: Any = None, **named: Any) -> Any:
+        """Call a function of the reference; its arrays come back in the caller's kind, or go to ``out``."""
+
+        def convert(x: Any) -> Any:
+            return self.numeric(x) if arrays.library_of(x) is not None else x
+
+        with arrays.numeric_scope(self.library, self.device):
+            made = function(*map(convert, positional), **{name: convert(x) for name, x in named.items()})
+            if out is not None:
+                convert(out)[...] = made
+                return out
+            if isinstance(made, tuple):
+                return tuple(self.library.from_numeric(x) for x in made)
+            return self.library.from_numeric(made)
+
+    def reference_pair(self, function: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Any]:
+        """`reference` for a function that returns two arrays."""
+        first, second = self.reference(function, *positional, **named)
+        return first, second

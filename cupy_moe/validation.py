@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of data, for ``validate=True``: they read the arrays and so wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupy_moe import arrays, e4m3
+from cupy_moe.spec import LayerSpec, Operand
+
+
+def check_tokens(spec: LayerSpec, hidden_states: Any, topk_ids: Any) -> None:
+    """Raise ValueError for an id without an expert or a value that is not finite, naming the first token that has one."""
+    library = spec.library
+    with arrays.numeric_scope(library, spec.device):
+        ids = library.to_numeric(topk_ids)
+        limit = spec.expert_map.info.shape[0] if isinstance(spec.expert_map, Operand) else spec.num_experts
+        wrong = ((ids < 0) | (ids >= limit)).any(axis=1)
+        if wrong.any():
+            token = int(wrong.argmax())
+            raise ValueError(f"topk_ids: expected ids from 0 to {limit - 1}; token {token} has {ids[token].tolist()}")
+        hidden = library.to_numeric(hidden_states)
+        values = e4m3.decode(hidden) if e4m3.is_fp8(hidden) else hidden.astype("float32")
+        wrong = ~(abs(values) < float("inf")).all(axis=1)
+        if wrong.any():
+            raise ValueError(f"hidden_states: expected finite values; token {int(wrong.argmax())} has NaN or infinity")
