@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 45 cells of the benchmark: shapes, inputs, the float32 result to check against, the floor of each cell.
+
+A shape is ``(E, topk, K, N)``: experts, experts per token, hidden size, intermediate size. A cell is a shape
+and a number of tokens ``M``. Two quantisation schemes: ``"tensor"`` (dynamic per-tensor activations, a scale
+per expert) and ``"token"`` (dynamic per-token activations, a scale per output row of a weight).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, int, int, int]
+
+SHAPES: tuple[Shape, ...] = (
+    (8, 2, 4096, 28672),
+    (8, 2, 14336, 4096),
+    (64, 6, 2048, 1408),
+    (32, 8, 1024, 1024),
+    (40, 8, 1024, 1536),
+)
+TOKENS: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+SCHEMES: tuple[str, ...] = ("tensor", "token")
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Expert weights of one shape and scheme.
+
+    ``w1 (E, 2N, K)`` and ``w2 (E, K, N)`` are float8_e4m3fn; the float32 scales are ``(E,)`` for scheme
+    ``"tensor"`` and ``(E, 2N)``, ``(E, K)`` for ``"token"``. Rows ``0..N-1`` of ``w1`` are the gate.
+    """
+
+    w1: torch.Tensor
+    w2: torch.Tensor
+    w1_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call: ``hidden_states (M, K)``; ``topk_weights`` float32 and ``topk_ids`` int32, ``(M, topk)``."""
+
+    hidden_states: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    weights: Weights
+
+
+def scheme_of(w1: torch.Tensor, w2: torch.Tensor, w1_scale: torch.Tensor, w2_scale: torch.Tensor) -> str:
+    """The scheme, ``"tensor"`` or ``"token"``, that the scales' shapes mean."""
+    experts, k, n = w2.shape
+    if w1.shape != (experts, 2 * n, k):
+        raise ValueError(
+            f"w1 must be {(experts, 2 * n, k)} beside w2 {tuple(w2.shape)}, got {tuple(w1.shape)}"
+        )
+    for name, weight in (("w1", w1), ("w2", w2)):
+        if weight.dtype != torch.float8_e4m3fn or not weight.is_contiguous():
+            raise TypeError(f"{name} must be contiguous float8_e4m3fn, got {weight.dtype} {weight.stride()}")
+    counts = (w1_scale.numel(), w2_scale.numel())
+    if counts == (experts, experts):
+        return "tensor"
+    if counts == (experts * 2 * n, experts * k):
+        return "token"
+    raise ValueError(
+        f"w1_scale and w2_scale must hold E values each, or E * 2N and E * K; got {tuple(w1_scale.shape)} "
+        f"and {tuple(w2_scale.shape)} for E={experts}, N={n}, K={k}"
+    )
+
+
+def _random_weight(
+    shape: tuple[int, int, int], per_channel: bool, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``(E, rows, cols)`` of normal / 10 values, and their scales ``(E, rows)`` or ``(E,)``."""
+    experts, rows, _ = shape
+    device = generator.device
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty((experts, rows) if per_channel else (experts,), device=device)
+    for expert in range(experts):  # one expert at a time: the float32 values of all would not fit
+        values = torch.randn(shape[1:], generator=generator, device=device).div_(10)
+        low, high = torch.aminmax(values, dim=1)
+        amax = torch.maximum(high, -low)
+        scale = (amax if per_channel else amax.max()) / FP8_MAX
+        values.div_(scale[:, None] if per_channel else scale).clamp_(-FP8_MAX, FP8_MAX)
+        codes[expert].copy_(values)
+        scales[expert] = scale
+    return codes, scales
+
+
+def make_weights(shape: Shape, scheme: str = "tensor", seed: int = 0, device: str = "cuda") -> Weights:
+    """Random normal / 10 expert weights, quantised with their true scales.
+
+    They do not depend on M: make them once for all cells of a shape.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    experts, _, k, n = shape
+    generator = torch.Generator(device=device).manual_seed(seed)
+    w1, w1_scale = _random_weight((experts, 2 * n, k), scheme == "token", generator)
+    w2, w2_scale = _random_weight((experts, k, n), scheme == "token", generator)
+    return Weights(w1, w2, w1_scale, w2_scale, scheme)
+
+
+def make_inputs(
+    shape: Shape,
+    M: int,
+    scheme: str = "tensor",
+    dtype: str = "float16",
+    seed: int = 0,
+    *,
+    weights: Weights | None = None,
+    device: str = "cuda",
+) -> Inputs:
+    """Random normal hidden states; random normal scores, softmax over E, the topk largest (not renormalised).
+
+    Parameters
+    ----------
+    shape : (E, topk, K, N)
+    M : tokens
+    scheme : "tensor" or "token", only used where ``weights`` is None
+    dtype : name of the torch dtype of ``hidden_states``
+    weights : the shape's weights, to share them between cells; None makes them
+
+    """
+    experts, topk, k, _ = shape
+    if weights is None:
+        weights = make_weights(shape, scheme, seed, device)
+    generator = torch.Generator(device=device).manual_seed(seed * 1009 + M)
+    hidden_states = torch.randn((M, k), generator=generator, device=device).to(getattr(torch, dtype))
+    scores = torch.randn((M, experts), generator=generator, device=device)
+    topk_weights, topk_ids = torch.topk(torch.softmax(scores, dim=-1), topk, dim=-1)
+    return Inputs(hidden_states, topk_weights.contiguous(), topk_ids.to(torch.int32).contiguous(), weights)
+
+
+def active_experts(topk_ids: torch.Tensor) -> int:
+    """How many experts have at least one row (reads device data)."""
+    return int(torch.unique(topk_ids).numel())
+
+
+def floor_us(
+    shape: Shape, M: int, active: int, read_rate: float, fp8_rate: float, activation_bytes: int = 2
+) -> float:
+    """The least time of a cell in microseconds.
+
+    The larger of reading the active experts' weights and of the dense fp8 arithmetic, plus activations in and
+    out.
+
+    Parameters
+    ----------
+    active : experts with at least one row
+    read_rate : bytes/s
+    fp8_rate : FLOP/s
+    activation_bytes : bytes of one element of the hidden states and of the output
+
+    """
+    # Checked against the published table of one H100 80GB HBM3, at 3.11e12 bytes/s and 1517e12 FLOP/s:
+    # (8, 2, 4096, 28672) with M = 1 and 2 active experts is 226.58 us, with M = 512 and 8 active 908.99 us;
+    # (40, 8, 1024, 1536) with M = 512 and 40 active is 61.36 us. All 45 cells agree to 0.01 us.
+    _, topk, k, n = shape
+    weight_s = active * 3 * n * k / read_rate
+    arithmetic_s = 2 * M * topk * 3 * n * k / fp8_rate
+    activation_s = 2 * M * k * activation_bytes / read_rate
+    return 1e6 * (max(weight_s, arithmetic_s) + activation_s)
+
+
+def quantize(x: torch.Tensor, per_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 codes of ``x (rows, C)`` and their float32 scale, ``(rows, 1)`` or ``(1,)``, in plain torch."""
+    x = x.float()
+    amax = x.abs().amax(dim=1, keepdim=True) if per_token else x.abs().amax().reshape(1)
+    scale = amax.clamp_min(1e-30) / FP8_MAX
+    return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def references(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer in float32, twice ``(M, K)``: with quantised activations, and without.
+
+    Slow and plain: one expert at a time, weights dequantised. The first result is what an implementation has
+    to give; the second is what the quantisation itself is measured against.
+    """
+    w, ids = inputs.weights, inputs.topk_ids
+    per_token = w.scheme == "token"
+    tokens, topk = ids.shape
+    k, n = w.w2.shape[1:]
+    hidden = inputs.hidden_states.float()
+    codes, scale = quantize(hidden, per_token)
+    x = torch.stack([codes.float() * scale, hidden])
+    rows = {e: torch.nonzero(ids == e, as_tuple=True) for e in torch.unique(ids).tolist()}
+
+    activated = torch.zeros((2, tokens * topk, n), device=ids.device)
+    for e, (token, slot) in rows.items():
+        product = x[:, token] @ _dequantized(w.w1[e], w.w1_scale[e]).T
+        gate, up = product[..., :n], product[..., n:]
+        activated[:, token * topk + slot] = torch.nn.functional.silu(gate) * up
+    codes, scale = quantize(activated[0], per_token)
+    activated[0] = codes.float() * scale
+
+    out = torch.zeros((2, tokens, k), device=ids.device)
+    for e, (token, slot) in rows.items():
+        product = activated[:, token * topk + slot] @ _dequantized(w.w2[e], w.w2_scale[e]).T
+        out[:, token] += inputs.topk_weights[token, slot, None] * product
+    return out[0], out[1]
+
+
+def _dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.float().mul_(scale[:, None] if scale.dim() else scale)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``."""
+    return float(torch.linalg.vector_norm(value.float() - expected) / torch.linalg.vector_norm(expected))

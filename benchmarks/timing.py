@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing on the GPU by events: CUDA graph replays or eager calls, with the L2 cache warm or cold.
+
+``us`` is the median over 7 rounds, ``us_min`` and ``us_max`` the fastest and slowest round; a round is the
+mean of 25 calls. Warm: the calls of a round follow one another between two events, so a layer smaller than
+the L2 stays in it. Cold: before each call a buffer larger than the L2 is read, and each call lies between its
+own two events; nothing is subtracted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+ROUNDS = 7
+REPLAYS = 25
+# Occupies the GPU (about half a millisecond) while the host queues a round, so that a short graph does not
+# wait for the next launch. Only for graphs: an eager call's wait for the host is part of its time.
+HOLD_CYCLES = 1_000_000
+
+READ_SOURCE = r"""
+// Each thread reads 16 bytes at a time, eight loads in flight; the store only keeps the loads alive.
+extern "C" __global__ void read_all(const uint4* __restrict__ data, unsigned long long count, unsigned* out)
+{
+    const unsigned long long step = (unsigned long long)gridDim.x * blockDim.x;
+    unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned mixed = 0;
+    for (; i + 7 * step < count; i += 8 * step) {
+        uint4 v[8];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = data[i + j * step];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) mixed ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+    for (; i < count; i += step) mixed ^= data[i].x ^ data[i].y ^ data[i].z ^ data[i].w;
+    if (mixed == 0x9e3779b9u) *out = mixed;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median, fastest and slowest round."""
+
+    us: float
+    us_min: float
+    us_max: float
+
+
+def _summary(rounds: list[float]) -> Timing:
+    return Timing(statistics.median(rounds), min(rounds), max(rounds))
+
+
+def capture(call: Callable[[], Result], warmup: int = 3) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of one ``call`` after ``warmup`` calls on a side stream, replayed once; and its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, result
+
+
+def time_warm(
+    call: Callable[[], object], *, hold: bool, rounds: int = ROUNDS, replays: int = REPLAYS
+) -> Timing:
+    """Calls one after another; ``hold`` keeps the GPU busy until the round is queued (for graph replays)."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        if hold:
+            torch.cuda._sleep(HOLD_CYCLES)
+        start.record()
+        for _ in range(replays):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / replays)
+    return _summary(times)
+
+
+class L2Flush:
+    """Reads a buffer of four times the L2: reading leaves no dirty lines for the timed call to write back."""
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._buffer = torch.zeros(size, dtype=torch.float32, device="cuda")  # 4 bytes each
+        self._out = torch.empty((), device="cuda")
+
+    def __call__(self) -> None:
+        torch.sum(self._buffer, dim=0, out=self._out)
+
+
+def time_cold(
+    call: Callable[[], object], flush: L2Flush, *, hold: bool, rounds: int = ROUNDS, replays: int = REPLAYS
+) -> Timing:
+    """Each call after a flush of the L2, between its own events."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        if hold:
+            torch.cuda._sleep(HOLD_CYCLES)
+        for start, end in events:
+            flush()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        times.append(statistics.fmean(start.elapsed_time(end) for start, end in events) * 1e3)
+    return _summary(times)
+
+
+def host_us(call: Callable[[], object], calls: int = 30, rounds: int = 3) -> float:
+    """Host time of one eager call in microseconds: wall time of ``calls`` calls that wait for nothing.
+
+    ``calls`` is small enough that the driver's queue of launches (about a thousand) does not fill up.
+    """
+    best = float("inf")
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - begin) * 1e6 / calls)
+    torch.cuda.synchronize()
+    return best
+
+
+def measure_read_rate(size: int = 1 << 32) -> float:
+    """Read rate of device memory in bytes/s: the best of several launches over a buffer of ``size`` bytes."""
+    import cupy
+
+    data = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    kernel = cupy.RawKernel(READ_SOURCE, "read_all")
+    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    pointers = (cupy.uint64(data.data_ptr()), cupy.uint64(size // 16), cupy.uint64(out.data_ptr()))
+    best = 0.0
+    for threads, blocks in ((256, 8), (512, 4), (1024, 2), (512, 16)):
+
+        def read(threads: int = threads, blocks: int = processors * blocks) -> None:
+            with stream:
+                kernel((blocks,), (threads,), pointers)
+
+        read()
+        best = max(best, size / (time_warm(read, hold=True, rounds=3, replays=3).us_min * 1e-6))
+    as_float = data.view(torch.float32)  # torch's own reduction, in case it is faster
+    best = max(best, size / (time_warm(as_float.sum, hold=True, rounds=3, replays=3).us_min * 1e-6))
+    return best
+
+
+def measure_fp8_rate(size: int = 8192) -> float:
+    """Dense fp8 rate in FLOP/s: ``torch._scaled_mm`` of ``size``^3, fast accumulation, best of 7 rounds."""
+    a, b = (torch.randn((size, size), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+
+    def multiply() -> None:
+        torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    for _ in range(3):
+        multiply()
+    return 2.0 * size**3 / (time_warm(multiply, hold=True, replays=10).us_min * 1e-6)
+
+
+def query(*command: str) -> str:
+    """What ``command`` prints, or "unknown"."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def clocks() -> dict[str, str]:
+    """Driver, clocks, power limit and temperature as ``nvidia-smi`` finds them now."""
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    found = query("nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader")
+    return dict(zip(fields.split(","), found.split(", "), strict=False))
+
+
+def cublaslt_versions() -> list[int]:
+    """Version numbers of every cuBLASLt copy loaded in this process."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    found = set()
+    for path in {line.split(maxsplit=5)[5] for line in lines if "libcublasLt.so" in line}:
+        try:
+            version = ctypes.CDLL(path).cublasLtGetVersion
+        except OSError:  # the file has gone since it was loaded
+            continue
+        version.restype = ctypes.c_size_t
+        found.add(int(version()))
+    return sorted(found)
