@@ -47,6 +47,7 @@ class Library(Protocol):
     name: str
 
     def describe(self, x: Any) -> Array: ...
+    def pointer(self, x: Any) -> int: ...
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any: ...
     def zeros(self, shape: tuple[int, ...], dtype: str, device: int) -> Any: ...
     def stream(self, device: int) -> int:
@@ -81,6 +82,9 @@ class _NumpyLibrary:
         strides = tuple(s // x.itemsize for s in x.strides)
         return Array(x.ctypes.data, x.shape, strides, _name_of(x.dtype), CPU)
 
+    def pointer(self, x: Any) -> int:
+        return int(x.ctypes.data)
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return np.empty(shape, numpy_dtype(dtype))
 
@@ -111,6 +115,9 @@ class _CupyLibrary:
         strides = tuple(s // itemsize for s in x.strides)
         return Array(x.data.ptr, x.shape, strides, _name_of(x.dtype), x.data.device_id)
 
+    def pointer(self, x: Any) -> int:
+        return int(x.data.ptr)
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         with on_device(device):
             return self._cupy.empty(shape, numpy_dtype(dtype))
@@ -137,9 +144,12 @@ class _TorchLibrary:
 
     def __init__(self) -> None:
         self._torch = torch = sys.modules["torch"]
-        names = (*"float16 bfloat16 float32 float64 float8_e4m3fn uint8 int8 int16 int32 int64 bool".split(),)
+        floats = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn")
+        names = (*floats, "uint8", "int8", "int16", "int32", "int64", "bool")
         self._dtypes = {name: getattr(torch, name) for name in names}
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
+        # The same handle without the Stream object around it, which costs more than a kernel launch.
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def describe(self, x: Any) -> Array:
         device = x.device
@@ -147,6 +157,9 @@ class _TorchLibrary:
         if device.type not in ("cpu", "cuda"):
             raise TypeError(f"torch tensors on 'cpu' or 'cuda' are allowed; got one on {str(device)!r}")
         return Array(x.data_ptr(), tuple(x.shape), x.stride(), dtype, device.index if x.is_cuda else CPU)
+
+    def pointer(self, x: Any) -> int:
+        return int(x.data_ptr())
 
     def _device(self, device: int) -> Any:
         return "cpu" if device == CPU else self._torch.device("cuda", device)
@@ -158,6 +171,8 @@ class _TorchLibrary:
         return self._torch.zeros(shape, dtype=self._dtypes[dtype], device=self._device(device))
 
     def stream(self, device: int) -> int:
+        if self._raw_stream is not None:
+            return int(self._raw_stream(device))
         return int(self._torch.cuda.current_stream(device).cuda_stream)
 
     def to_numeric(self, x: Any) -> Any:

@@ -42,7 +42,7 @@ def choose(device: int, backend: str | None) -> str:
         checks.option("backend", backend, NAMES)
     if device == arrays.CPU:
         if backend not in (None, "reference"):
-            raise RuntimeError(f"backend: {backend!r} runs on CUDA arrays; got arrays on the CPU, which run 'reference'")
+            raise RuntimeError(f"backend: expected 'reference' or None with arrays on the CPU; got {backend!r}")
         return "reference"
     status = backends(device)
     if backend is None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from cupy_moe import arrays
 from cupy_moe.arrays import Array, Library
 
@@ -26,13 +28,21 @@ def library_of(name: str, x: Any) -> Library:
     return library
 
 
+def info(name: str, x: Any, library: Library) -> Array:
+    """Describe an array of ``library``; TypeError if it has no address (a torch tensor that is sparse or on 'meta')."""
+    try:
+        return library.describe(x)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a dense array in memory; got: {error}") from None
+
+
 def describe(name: str, x: Any, library: Library, device: int) -> Array:
     """Describe an array that has to be of the kind ``library`` and on ``device``."""
     kind = arrays.library_of(x)
     if kind is not library:
         came = type(x).__name__ if kind is None else f"a {kind.name} array"
         raise TypeError(f"{name}: expected a {library.name} array like the other arguments; got {came}")
-    array = library.describe(x)
+    array = info(name, x, library)
     if array.device != device:
         raise TypeError(f"{name}: expected an array on {_place(device)}; got one on {_place(array.device)}")
     return array
@@ -48,7 +58,8 @@ def expect(
     if not any(_matches(array.shape, shape) for shape in shapes):
         allowed = " or ".join(_text(shape) for shape in shapes)
         raise ValueError(f"{name}: expected shape {allowed}; got {_text(array.shape)}")
-    if rows_only and len(array.shape) == 2:
+    rows_only = rows_only and len(array.shape) == 2
+    if rows_only:
         rows, cols = array.shape
         dense = (cols <= 1 or array.strides[1] == 1) and (rows <= 1 or array.strides[0] >= cols)
     else:
@@ -68,6 +79,23 @@ def option(name: str, value: Any, allowed: Iterable[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
+
+
+def float_dtype(name: str, value: Any) -> str:
+    """Name of the dtype ``value`` (a dtype of any library, or a name) if it is one of `FLOATS`."""
+    try:
+        found = None if value is None else arrays.dtype_name(value)
+    except (TypeError, ValueError):
+        found = None
+    if found not in FLOATS:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, FLOATS))}; got {value!r}")
+    return found
+
+
+def writable(name: str, x: Any) -> None:
+    """Raise ValueError for a NumPy array that is read-only; the other kinds have no such thing."""
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        raise ValueError(f"{name}: expected an array that can be written to; got a read-only one")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -90,8 +118,10 @@ def count(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def number(name: str, x: Any) -> float | None:
     """``x`` as a float if it is a Python or NumPy number that can be a scale, None if it is an array."""
-    if isinstance(x, bool) or not isinstance(x, Real) or arrays.library_of(x) is not None:
+    if arrays.library_of(x) is not None:
         return None
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{name}: expected a number or an array; got {x!r}")
     if not 0 < float(x) < float("inf"):
         raise ValueError(f"{name}: expected a positive finite scale; got {x!r}")
     return float(x)
@@ -103,6 +133,12 @@ def weight_scale_shapes(experts: int, channels: int, halves: bool) -> list[Shape
     if halves:
         shapes.insert(3, (experts, 2))
     return shapes
+
+
+def not_empty(name: str, array: Array) -> None:
+    """Raise ValueError for an array without elements."""
+    if 0 in array.shape:
+        raise ValueError(f"{name}: expected at least one element; got shape {_text(array.shape)}")
 
 
 def _matches(shape: tuple[int, ...], wanted: Shape) -> bool:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import kernels_cu
-from cupy_moe.driver import Kernel, Tables
+from cupy_moe.driver import Kernel
 
 OPTIONS = ("--std=c++17",)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
@@ -22,7 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 CUDA_TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float8_e4m3fn": "Fp8", "uint8": "Fp8"}
 """Element types by dtype name; uint8 holds the bits of e4m3."""
 
-_SCALARS = {"int": ctypes.c_int32, "long long": ctypes.c_int64, "float": ctypes.c_float, "Tables": Tables}
+_SCALARS = {"int": ctypes.c_int32, "long long": ctypes.c_int64, "float": ctypes.c_float}
 
 
 def variant_source(file: str, constants: dict[str, Any]) -> str:
@@ -35,18 +35,40 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
 
 
 @cache
-def signature(file: str, name: str) -> dict[str, type]:
+def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
     text = re.sub(r"//[^\n]*", "", kernels_cu.source(file))
-    found = re.search(rf'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?{name}\((.*?)\)\s*{{', text, re.S)
+    found = re.search(rf'extern "C" __global__ void {name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
-    parameters: dict[str, type] = {}
-    for declaration in found[1].split(","):
-        words = re.sub(r"\b(const|__restrict__)\b", "", declaration).replace("*", " * ").split()
-        kind, parameter = " ".join(words[:-1]), words[-1]
-        parameters[parameter] = ctypes.c_void_p if "*" in kind else _SCALARS[kind]
-    return parameters
+    return dict(field for declaration in found[1].split(",") for field in _fields(declaration, text))
+
+
+def _fields(declaration: str, text: str) -> list[tuple[str, Any]]:
+    """Names and types of ``type a, b[4]``; a struct is looked up in ``text``."""
+    bare = re.sub(r"\b(const|__restrict__)\b", " ", declaration).replace("*", " * ").strip()
+    first, *others = bare.split(",")
+    kind, _, name = first.strip().rpartition(" ")
+    kind = " ".join(kind.split())
+    if "*" in kind:
+        base: Any = ctypes.c_void_p
+    else:
+        base = _SCALARS.get(kind) or _structure(kind, text)
+    fields = []
+    for declarator in (name, *others):
+        label, _, size = declarator.strip().rstrip("]").partition("[")
+        fields.append((label, base * int(size) if size else base))
+    return fields
+
+
+def _structure(name: str, text: str) -> type:
+    """The ctypes mirror of ``struct name`` in ``text``."""
+    found = re.search(rf"struct {name} {{(.*?)}};", text, re.S)
+    if not found:
+        raise LookupError(f"no struct {name!r} in the source")
+    declarations = (declaration for declaration in found[1].split(";") if declaration.strip())
+    fields = [field for declaration in declarations for field in _fields(declaration, text)]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -64,9 +86,9 @@ def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device
     import cupy
 
     function = _module(file, constants, device).get_function(name)
-    overlaps = int(cupy.cuda.Device(device).compute_capability) >= 90
+    can_overlap = int(cupy.cuda.Device(device).compute_capability) >= 90
     with cupy.cuda.Device(device):
-        return Kernel(function, signature(file, name), overlaps=overlaps)
+        return Kernel(function, signature(file, name), can_overlap=can_overlap)
 
 
 def kernel(file: str, name: str, device: int, **constants: Any) -> Kernel:

@@ -2,8 +2,8 @@
 """cuBLASLt grouped fp8 matmul: finding a library that has it, and the calls.
 
 The library is opened by absolute path with ``RTLD_LOCAL | RTLD_DEEPBIND``, so that a recent copy lives beside the older
-one that torch has already loaded. Shapes, pointers and group sizes are read from device memory when the matmul runs: the
-host never needs to know the routing.
+one that torch has already loaded. Shapes, pointers and group sizes are read from device memory when the matmul runs:
+the host never needs to know the routing.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _open(path: str, through: str) -> Found:
         library = ctypes.CDLL(path, mode=os.RTLD_LOCAL | os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
     except OSError as error:
         return Found(path, through, None, f"cannot be opened: {error}", None)
+    if not hasattr(library, "cublasLtGetVersion"):
+        return Found(path, through, None, "is no cuBLASLt", None)
     library.cublasLtGetVersion.restype = ctypes.c_size_t
     number = int(library.cublasLtGetVersion())
     version = (number // 10000, number // 100 % 100, number % 100)
@@ -102,10 +104,8 @@ def search(capability: tuple[int, int]) -> tuple[Found | None, str]:
         found = _open(path, through)
         problem = found.problem
         if problem is None and found.version is not None:
-            if found.version < needed:
-                problem = "is too old"
-            else:
-                problem = _REFUSED.get((capability, found.version[:2]))
+            refused = _REFUSED.get((capability, found.version[:2]))
+            problem = "is too old" if found.version < needed else refused
         if problem is None:
             return found, ""
         version = "cuBLAS " + ".".join(map(str, found.version)) if found.version else "cuBLAS"
@@ -145,9 +145,9 @@ class GroupedMatmul:
     ``(counts[g], k)``, ``W[g]`` ``(n, k)`` and ``D[g]`` ``(counts[g], n)``, all row-major and contiguous. cuBLAS sees
     column-major matrices, so the weights are its A (transposed), the activations its B.
 
-    ``unit`` is the power of two that keeps the largest possible sum of ``k`` products of codes below float16's limit. The
-    smallest codes then still give normal numbers, and float16's 11 bits flip a fifth as many codes in the quantisation
-    that follows as bfloat16's 8 bits would.
+    ``unit`` is the power of two that keeps the largest possible sum of ``k`` products of codes below float16's limit.
+    The smallest codes then still give normal numbers, and float16's 11 bits flip far fewer codes in the quantisation
+    that follows than bfloat16's 8 bits would.
 
     Parameters
     ----------
@@ -214,7 +214,9 @@ class GroupedMatmul:
         context.call("cublasLtMatmulPreferenceDestroy", preference)
         return [results[i] for i in range(count.value) if results[i].state == 0]
 
-    def launch(self, algorithm: Algorithm, weights: int, rows: int, result: int, workspace: int) -> Callable[[int], None]:
+    def launch(
+        self, algorithm: Algorithm, weights: int, rows: int, result: int, workspace: int
+    ) -> Callable[[int], None]:
         """The prepared call: takes the stream. The operands are addresses of tables of ``groups`` addresses."""
         function = self.context.library.cublasLtMatmul
         stream = ctypes.c_void_p()

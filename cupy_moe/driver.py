@@ -25,12 +25,6 @@ class CudaError(RuntimeError):
     """A CUDA driver call failed; the message names the call, the error and what it means."""
 
 
-class Tables(ctypes.Structure):
-    """``struct Tables`` of ``route.cu``: where the grouped GEMMs' pointer tables go and what they point into."""
-
-    _fields_ = (("pointers", ctypes.c_void_p), ("base", ctypes.c_void_p * 4), ("pitch", ctypes.c_int64 * 4))
-
-
 class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
@@ -70,15 +64,15 @@ class Kernel:
         CuPy's raw kernel; it keeps the module alive.
     parameters
         Name to ctypes type, as `cupy_moe.compiler.signature` reads them from the source.
-    overlaps
-        Whether launches carry the programmatic dependent launch attribute (compute capability 9.0 and later).
+    can_overlap
+        Whether the device knows programmatic dependent launch (compute capability 9.0 and later).
     """
 
-    def __init__(self, function: Any, parameters: dict[str, type], *, overlaps: bool) -> None:
+    def __init__(self, function: Any, parameters: dict[str, Any], *, can_overlap: bool) -> None:
         self.name: str = function.name
         self.handle: int = function.kernel.ptr
         self.parameters = parameters
-        self.overlaps = overlaps
+        self.can_overlap = can_overlap
         self._owner = function
 
     def allow_shared_bytes(self, nbytes: int) -> None:
@@ -91,7 +85,7 @@ class Kernel:
 
 
 class Launch:
-    """One launch, prepared: ``launch(stream)`` enqueues it, ``launch.set(name=value)`` changes arguments.
+    """One launch, prepared: ``launch(stream)`` enqueues it.
 
     Parameters
     ----------
@@ -102,8 +96,8 @@ class Launch:
     shared_bytes
         Dynamic shared memory per block.
     **arguments
-        One value per kernel parameter, under its name in the CUDA source: addresses (0 or None for null), integers,
-        floats or `Tables`.
+        One value per kernel parameter, under its name in the CUDA source: addresses (0 or None for null), integers or
+        floats; for a struct, a dict of its fields.
 
     Raises
     ------
@@ -122,7 +116,7 @@ class Launch:
         kernel.allow_shared_bytes(shared_bytes)
         self.kernel = kernel
         self._args = {
-            name: arguments[name] if kind is Tables else kind(arguments[name])
+            name: kind(**arguments[name]) if issubclass(kind, ctypes.Structure) else kind(arguments[name])
             for name, kind in kernel.parameters.items()
         }
         self._keep = (ctypes.c_void_p * len(self._args))(*(ctypes.addressof(a) for a in self._args.values()))
@@ -132,16 +126,22 @@ class Launch:
             block=(block, 1, 1),
             shared_bytes=shared_bytes,
             attributes=ctypes.pointer(self._attribute),
-            attribute_count=int(kernel.overlaps),
         )
         self._config_ref = ctypes.byref(self._config)
         self._function = ctypes.c_void_p(kernel.handle)
         self._launch = _libcuda().cuLaunchKernelEx
 
-    def set(self, **arguments: float) -> None:
-        """Replace scalar arguments (addresses, integers, floats) by name."""
-        for name, value in arguments.items():
-            self._args[name].value = value
+    def overlapping(self) -> Launch:
+        """Let this launch start while the kernel in front still runs, where the device can; returns itself.
+
+        Only for a launch whose kernel in front is known: what it reads before it waits is not the caller's newest.
+        """
+        self._config.attribute_count = int(self.kernel.can_overlap)
+        return self
+
+    def argument(self, name: str) -> Any:
+        """The stored argument called ``name``: setting its ``value`` changes the calls that follow."""
+        return self._args[name]
 
     def __call__(self, stream: int) -> None:
         """Enqueue on ``stream`` (a ``cudaStream_t`` as an integer) of the current device."""

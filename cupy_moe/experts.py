@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
@@ -12,7 +13,7 @@ from cupy_moe import backend as backend_choice
 from cupy_moe.arrays import Array
 from cupy_moe.launches import Matrix
 from cupy_moe.pipeline import Addresses, CallShape, Layer, Plan, row_scale
-from cupy_moe.spec import LayerSpec, Operand, Scale
+from cupy_moe.spec import Call, LayerSpec, Operand
 from cupy_moe.workspace import Workspace
 
 PLANS_KEPT = 256
@@ -84,9 +85,11 @@ class Experts:
             raise TypeError(f"workspace: expected a cupy_moe.Workspace or None; got {type(workspace).__name__}")
         self._spec = checked
         self._backend = backend_choice.choose(checked.device, backend)
-        self._plans: OrderedDict[CallShape, Plan] = OrderedDict()
+        self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
         if self._backend == "cublaslt":
+            if driver.is_capturing(checked.library.stream(checked.device)):
+                raise RuntimeError("Experts has to be made, and called once, before the capture of a CUDA graph begins")
             with arrays.numeric_scope(checked.library, checked.device):
                 self._layer = Layer(checked, backend_choice.cublaslt_context(checked.device))
 
@@ -120,19 +123,15 @@ class Experts:
         -------
         array (M, K) of the kind of ``hidden_states``
         """
-        own = self._spec
-        call = spec.check_call(own, hidden_states, topk_weights, topk_ids, a1_scale)
-        if own.validate:
-            validation.check_tokens(own, hidden_states, topk_ids)
-        out = spec.check_out(own, out, call.hidden.shape, call.hidden.dtype)
+        call = spec.describe_call(self._spec, hidden_states, topk_ids, topk_weights, out, a1_scale, padded=False)
+        if self._backend == "reference" or self._spec.validate:
+            spec.check_call(self._spec, call, scale_given=a1_scale is not None)
+        if self._spec.validate:
+            validation.check_tokens(self._spec, hidden_states, topk_ids)
         if self._backend == "reference":
             routing = {"topk_weights": topk_weights, "topk_ids": topk_ids}
-            return self._run_reference(reference.fused_experts, hidden_states, routing, call.a1_scale, out)
-        tokens, topk = call.topk_ids.shape
-        self._run(
-            tokens, topk, 0, call.hidden, call.topk_ids, call.topk_weights.pointer, call.a1_scale, own.library.describe(out)
-        )
-        return out
+            return self._run_reference(reference.fused_experts, hidden_states, routing, call, out)
+        return self._run(call, out, scale_given=a1_scale is not None)
 
     def batched(self, hidden_states: Any, expert_num_tokens: Any, out: Any = None, *, a1_scale: Any = None) -> Any:
         """Run the layer on tokens that a dispatcher (PPLX, DeepEP) has already sorted into a padded batch.
@@ -152,51 +151,60 @@ class Experts:
         -------
         array (E, max_tokens, K) of the kind of ``hidden_states``, not weighted
         """
-        own = self._spec
-        hidden, counts, scale = spec.check_batched(own, hidden_states, expert_num_tokens, a1_scale)
-        out = spec.check_out(own, out, hidden.shape, hidden.dtype)
+        call = spec.describe_call(self._spec, hidden_states, expert_num_tokens, None, out, a1_scale, padded=True)
         if self._backend == "reference":
-            return self._run_reference(
-                reference.batched, hidden_states, {"expert_num_tokens": expert_num_tokens}, scale, out
-            )
-        experts, max_tokens, _ = hidden.shape
-        self._run(experts * max_tokens, 1, max_tokens, hidden, counts, 0, scale, own.library.describe(out))
+            spec.check_call(self._spec, call, scale_given=a1_scale is not None)
+            counts = {"expert_num_tokens": expert_num_tokens}
+            return self._run_reference(reference.batched, hidden_states, counts, call, out)
+        return self._run(call, out, scale_given=a1_scale is not None)
+
+    def _run(self, call: Call, out: Any, *, scale_given: bool) -> Any:
+        """Enqueue a call on the GPU: look up its launches, set the addresses that change, launch."""
+        library, device = self._spec.library, self._spec.device
+        with self._workspace.lock, arrays.on_device(device):
+            signature = call.signature()
+            plan = self._plans.get(signature)
+            if plan is None or plan.generation != self._workspace.generation:
+                plan = self._prepare(signature, call, scale_given)
+            if out is None:
+                out = library.empty(call.hidden.shape, plan.shape.out.dtype, device)
+            if plan.shape.tokens:
+                stream = library.stream(device)
+                if driver.is_capturing(stream):
+                    self._workspace.note_capture()
+                plan(stream, Addresses(
+                    call.hidden.pointer, call.ids.pointer, call.topk_weights.pointer if call.topk_weights else 0,
+                    row_scale(call.a1_scale), call.out.pointer if call.out else library.pointer(out),
+                ))
         return out
 
-    def _run(
-        self, tokens: int, topk: int, max_tokens: int, hidden: Array, ids: Array, topk_weights: int,
-        scale: Scale | None, out: Array,
-    ) -> None:
-        if tokens == 0:
-            return
-        device = self._spec.device
+    def _prepare(self, signature: Hashable, call: Call, scale_given: bool) -> Plan:
+        """Check a call of a new signature and make its plan."""
+        spec.check_call(self._spec, call, scale_given=scale_given)
+        hidden, ids, scale = call.hidden, call.ids, call.a1_scale
+        tokens, topk = (hidden.shape[0] * hidden.shape[1], 1) if call.padded else ids.shape
+        # A new array is aligned well enough for anything.
+        new = Matrix(0, self._spec.hidden_size, self._spec.result_dtype(hidden.dtype))
         shape = CallShape(
-            tokens, topk, max_tokens, _matrix(hidden), _matrix(out), ids.dtype,
+            tokens, topk, hidden.shape[1] if call.padded else 0, _matrix(hidden),
+            _matrix(call.out) if call.out else new, ids.dtype,
             int(isinstance(scale, Operand) and len(scale.info.shape) > 1),
         )
-        at = Addresses(hidden.pointer, ids.pointer, topk_weights, row_scale(scale), out.pointer)
-        stream = self._spec.library.stream(device)
-        with arrays.on_device(device), self._workspace.lock:
-            if driver.is_capturing(stream):
-                self._workspace.note_capture()
-            self._plan(shape)(stream, at)
-
-    def _plan(self, shape: CallShape) -> Plan:
-        plan = self._plans.get(shape)
-        if plan is not None and plan.generation == self._workspace.generation:
-            self._plans.move_to_end(shape)
-            return plan
         plan = Plan(self._layer, shape, self._workspace)
-        self._plans[shape] = plan
+        self._plans[signature] = plan
         if len(self._plans) > PLANS_KEPT:
-            self._plans.popitem(last=False)
+            del self._plans[next(iter(self._plans))]
         return plan
 
     def _run_reference(
-        self, function: Any, hidden_states: Any, tokens: dict[str, Any], scale: Scale | None, out: Any
+        self, function: Any, hidden_states: Any, tokens: dict[str, Any], call: Call, out: Any
     ) -> Any:
-        own = self._spec
+        own, scale = self._spec, call.a1_scale
         library = own.library
+        if out is None:
+            out = library.empty(call.hidden.shape, own.result_dtype(call.hidden.dtype), own.device)
+        else:
+            checks.writable("out", out)
         with arrays.numeric_scope(library, own.device):
             operands = {
                 name: library.to_numeric(x.array) if isinstance(x, Operand) else x
@@ -222,9 +230,9 @@ def fused_experts(
 ) -> Any:
     """Run one MoE layer: the arguments of `Experts` and of its call in one.
 
-    What depends on the weights alone is found again for the same arrays, so repeated calls cost little more than those of
-    `Experts`; the arrays themselves are not kept. Where K or N is no multiple of 16, each call copies the weights into
-    padded ones: make an `Experts` for those. Calls on one stream share their scratch memory.
+    What depends on the weights alone is found again for the same arrays, so repeated calls cost little more than those
+    of `Experts`; the arrays themselves are not kept. Where K or N is no multiple of 16, each call copies the weights
+    into padded ones: make an `Experts` for those. Calls on one stream share their scratch memory.
 
     Returns
     -------
@@ -242,6 +250,7 @@ def fused_experts(
     return experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
 
 
+_layers_lock = threading.Lock()
 _layers: OrderedDict[Hashable, Experts] = OrderedDict()
 _workspaces: dict[tuple[int, int], Workspace] = {}
 
@@ -252,8 +261,11 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
         return Experts._of(checked, backend, None)
     place = checked.device, checked.library.stream(checked.device)
     key = (place, backend, checked.without_arrays())
-    experts = _layers.get(key)
-    if experts is None:
+    with _layers_lock:
+        experts = _layers.get(key)
+        if experts is not None:
+            _layers.move_to_end(key)
+            return experts
         experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
         if experts._layer.copies:
             return experts
@@ -261,9 +273,7 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
         _layers[key] = experts
         if len(_layers) > LAYERS_KEPT:
             _layers.popitem(last=False)
-    else:
-        _layers.move_to_end(key)
-    return experts
+        return experts
 
 
 def _matrix(x: Array) -> Matrix:

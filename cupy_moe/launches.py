@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cupy_moe import compiler
 from cupy_moe.arrays import Array
-from cupy_moe.driver import Kernel, Launch, Tables
+from cupy_moe.driver import Kernel, Launch
 
 VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
@@ -19,8 +19,13 @@ STRETCH_THREADS = 256
 """Threads per block where a row may be cut into stretches."""
 ONE_LAUNCH_PAIRS = 4096
 """Up to this many (token, slot) pairs `route` takes one launch."""
-PAIRS_PER_BLOCK = 4096
+PAIRS_PER_BLOCK = 1024
+MANY_ROWS = 1024
+"""Rows from which on every multiprocessor has several blocks."""
+PARTIALS = 256
+"""Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 _ROUTE_SHARED_BYTES = 96 * 1024
+_ID_TYPES = {"int32": "int", "int64": "long long"}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}
 
 
@@ -45,6 +50,10 @@ class RowScale(NamedTuple):
     row_stride: int = 0
     expert_stride: int = 0
     value: float = 1.0
+
+    def times(self, unit: float) -> float:
+        """``unit``, multiplied by the scale where that is a number."""
+        return unit if self.pointer else unit * self.value
 
 
 class WeightScale(NamedTuple):
@@ -76,6 +85,14 @@ class Bias(NamedTuple):
 NO_BIAS, UNSCALED, UNSCALED_WEIGHT = Bias(), RowScale(), WeightScale()
 
 
+class Tables(NamedTuple):
+    """Where the grouped GEMMs find the rows of each expert, ``struct Tables`` of ``route.cu``."""
+
+    pointers: int = 0
+    base: tuple[int, ...] = (0, 0, 0, 0)
+    pitch: tuple[int, ...] = (0, 0, 0, 0)
+
+
 class Maps(NamedTuple):
     """Addresses of what routing writes."""
 
@@ -86,15 +103,17 @@ class Maps(NamedTuple):
     row_experts: int
 
 
-def _grid(cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
-    """(stretches per row, threads, vectors per thread) for rows of ``cols`` columns."""
+def _grid(rows: int, cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
+    """(stretches per row, threads, vectors per thread) for ``rows`` rows of ``cols`` columns, a block per stretch."""
     vectors = -(-cols // VECTOR)
     if not whole_rows:
         threads = min(STRETCH_THREADS, _up(vectors, 32))
         return -(-vectors // threads), threads, 1
-    per_thread = 1
-    while vectors > MAX_THREADS * per_thread:
-        per_thread *= 2
+    # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
+    at_least = -(-vectors // MAX_THREADS)
+    per_thread = at_least
+    if rows >= MANY_ROWS:
+        per_thread = max(at_least, *range(2, 5), key=lambda n: (-_up(vectors, 32 * n), n))
     return 1, _up(-(-vectors // per_thread), 32), per_thread
 
 
@@ -103,11 +122,11 @@ def _up(x: int, multiple: int) -> int:
 
 
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
-    """(threads, bytes of shared table) of a routing block: one row of the table per warp."""
+    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, one number per expert."""
     warps = min(max(_up(pairs, 32) // 32, 4), 32)
-    while warps > 1 and warps * experts * 4 > _ROUTE_SHARED_BYTES:
+    while warps > 1 and (warps + 1) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
         warps //= 2
-    return warps * 32, warps * experts * 4
+    return warps * 32, (warps + 1) * (experts | 1) * 4
 
 
 def route_blocks(pairs: int) -> int:
@@ -116,28 +135,35 @@ def route_blocks(pairs: int) -> int:
 
 
 def route(
-    device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, amax: int, *,
-    expert_map: int = 0, map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
+    device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, *, expert_map: int = 0,
+    map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
 ) -> list[Launch]:
-    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``; zeroes the two maxima at ``amax``."""
+    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
     pairs = tokens * topk
-    id_type = {"int32": "int", "int64": "long long"}[id_dtype]
-    tables = tables or Tables()
     blocks = route_blocks(pairs)
 
     def kernel(name: str) -> Kernel:
-        return compiler.kernel("route.cu", name, device, Id=id_type)
+        return compiler.kernel("route.cu", name, device, Id=_ID_TYPES[id_dtype])
 
-    shape: dict[str, Any] = {"ids": ids, "pairs": pairs, "topk": topk, "experts": experts, "expert_map": expert_map, "map_size": map_size}
-    placed: dict[str, Any] = {"dst2src_map": maps.dst2src, "src2dst_map": maps.src2dst, "row_experts": maps.row_experts}
-    summed: dict[str, Any] = {"expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts, "amax": amax, "tables": tables}
-    threads, shared = _route_threads(min(pairs, PAIRS_PER_BLOCK), experts)
+    shape: dict[str, Any] = {
+        "ids": ids, "pairs": pairs, "topk": topk, "experts": experts, "expert_map": expert_map, "map_size": map_size
+    }
+    placed: dict[str, Any] = {
+        "dst2src_map": maps.dst2src, "src2dst_map": maps.src2dst, "row_experts": maps.row_experts
+    }
+    summed: dict[str, Any] = {
+        "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
+        "tables": (tables or Tables())._asdict(),
+    }
+    threads, shared = _route_threads(pairs if blocks == 1 else PAIRS_PER_BLOCK, experts)
     if blocks == 1:
         return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
     split: dict[str, Any] = {**shape, "pairs_per_block": PAIRS_PER_BLOCK}
     return [
         Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, block_counts=scratch),
-        Launch(kernel("route_scan"), (1, 1), MAX_THREADS, blocks=blocks, experts=experts, block_counts=scratch, **summed),
+        Launch(
+            kernel("route_scan"), (1, 1), MAX_THREADS, blocks=blocks, experts=experts, block_counts=scratch, **summed
+        ),
         Launch(
             kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed,
             block_rows=scratch, expert_offsets=maps.expert_offsets,
@@ -146,66 +172,84 @@ def route(
 
 
 def route_padded(
-    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, amax: int, tables: Tables
+    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables
 ) -> Launch:
     """The same tables for rows that already lie at ``expert * max_tokens``."""
-    kernel = compiler.kernel("route.cu", "route_padded", device, Id={"int32": "int", "int64": "long long"}[dtype])
     return Launch(
-        kernel, (experts, 1), STRETCH_THREADS, expert_num_tokens=expert_num_tokens, experts=experts,
-        max_tokens=max_tokens, expert_counts=maps.expert_counts, src2dst_map=maps.src2dst,
-        row_experts=maps.row_experts, amax=amax, tables=tables,
+        compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype]), (experts, 1), STRETCH_THREADS,
+        expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens, expert_counts=maps.expert_counts,
+        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(),
     )
 
 
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    amax: int = 0, amax_of_valid: bool = False, scale_out: int = 0,
-) -> Launch:
-    """``quantize_shuffle``; ``weighted`` puts the router weight on the input."""
-    stretches, threads, vecs = _grid(out_cols, whole_rows=mode == "TOKEN")
-    kernel = compiler.kernel(
-        "quantize.cu", "quantize_shuffle", device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=vecs,
-        IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-        PER_EXPERT=bool(scale.expert_stride),
-    )
-    return Launch(
-        kernel, (tokens, stretches), threads, x=x.pointer, x_pitch=x.pitch, src2dst_map=src2dst,
-        row_experts=row_experts, topk_weights=topk_weights, scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride,
-        amax=amax, amax_of_valid=amax_of_valid, topk=topk, cols=cols, out_cols=out_cols, out=out.pointer,
-        out_pitch=out.pitch, scale_out=scale_out,
-    )
+    partials: int = 0, valid_only: bool = False, scale_out: int = 0,
+) -> list[Launch]:
+    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input."""
+    stretches, threads, vecs = _grid(tokens, out_cols, whole_rows=mode == "TOKEN")
+
+    def kernel(name: str) -> Kernel:
+        return compiler.kernel(
+            "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=vecs,
+            IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
+            PER_EXPERT=bool(scale.expert_stride),
+        )
+
+    source: dict[str, Any] = {
+        "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
+        "cols": cols, "partials": partials,
+    }
+    amax = [] if mode != "TENSOR" else [
+        Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
+    ]
+    return [*amax, Launch(
+        kernel("quantize_shuffle"), (tokens, stretches), threads, **source, row_experts=row_experts,
+        scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
+        out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+    )]
 
 
 def activation_quantize(
     device: int, mode: str, activation: str, gated: bool, x: Matrix, rows: int, cols: int, up_column: int, out: Matrix,
-    out_cols: int, *, x_scale: RowScale = UNSCALED, unit: float = 1.0,
-    w_scale: WeightScale = UNSCALED_WEIGHT, bias: Bias = NO_BIAS, row_experts: int = 0,
-    scale: RowScale = UNSCALED, amax: int = 0, scale_out: int = 0,
-) -> Launch:
-    """``activation_quantize``: ``cols`` columns of gates (and ups from ``up_column``) to ``out_cols`` codes."""
-    stretches, threads, vecs = _grid(out_cols, whole_rows=mode == "TOKEN")
-    aligned = x.aligned(cols) and x.aligned(up_column) and _columns_aligned(cols, w_scale, bias)
-    kernel = compiler.kernel(
-        "activation.cu", "activation_quantize", device, In=compiler.CUDA_TYPES[x.dtype],
-        Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(), VECS=vecs,
-        IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
-    )
-    return Launch(
-        kernel, (rows, stretches), threads, x=x.pointer, x_pitch=x.pitch, up_column=up_column, row_experts=row_experts,
-        x_scale=x_scale.pointer, x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=unit * (1.0 if x_scale.pointer else x_scale.value),
-        w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, w_scale_up=w_scale.up_offset, bias=bias.pointer,
-        scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, amax=amax, cols=cols, out_cols=out_cols,
+    out_cols: int, *, x_scale: RowScale = UNSCALED, unit: float = 1.0, w_scale: WeightScale = UNSCALED_WEIGHT,
+    bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
+) -> list[Launch]:
+    """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
+    stretches, threads, vecs = _grid(rows, out_cols, whole_rows=mode == "TOKEN")
+    aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
+
+    def kernel(name: str) -> Kernel:
+        return compiler.kernel(
+            "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
+            Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(), VECS=vecs,
+            IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
+        )
+
+    source = {
+        "x": x.pointer, "x_pitch": x.pitch, "up_column": up_column, "row_experts": row_experts,
+        "x_scale": x_scale.pointer, "x_scale_row_stride": x_scale.row_stride,
+        "x_scale_expert_stride": x_scale.expert_stride, "unit": x_scale.times(unit), "w_scale": w_scale.pointer,
+        "w_scale_stride": w_scale.stride, "w_scale_up": w_scale.up_offset, "bias": bias.pointer, "cols": cols,
+    }
+    amax = [] if mode != "TENSOR" else [
+        Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
+    ]
+    return [*amax, Launch(
+        kernel("activation_quantize"), (rows, stretches), threads, source=source, partials=partials,
+        scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
-    )
+    )]
 
 
 def combine(
-    device: int, x: Matrix, rows: int, tokens: int, topk: int, cols: int, out: Matrix, *, x_scale: RowScale = UNSCALED, unit: float = 1.0,
-    w_scale: WeightScale = UNSCALED_WEIGHT, bias: Bias = NO_BIAS, src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, skip_padding: bool = False,
+    device: int, x: Matrix, rows: int, tokens: int, topk: int, cols: int, out: Matrix, *, x_scale: RowScale = UNSCALED,
+    unit: float = 1.0, w_scale: WeightScale = UNSCALED_WEIGHT, bias: Bias = NO_BIAS, src2dst: int = 0,
+    row_experts: int = 0, topk_weights: int = 0, skip_padding: bool = False,
 ) -> Launch:
     """``combine``; ``src2dst`` of 0 takes row ``t`` for token ``t``, ``topk_weights`` of 0 weighs each row by 1."""
-    stretches, threads, _ = _grid(cols, whole_rows=False)
+    stretches, threads, _ = _grid(tokens, cols, whole_rows=False)
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
         Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,
@@ -215,9 +259,9 @@ def combine(
     return Launch(
         kernel, (tokens, stretches), threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,
         row_experts=row_experts, topk_weights=topk_weights, x_scale=x_scale.pointer,
-        x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=unit * (1.0 if x_scale.pointer else x_scale.value), w_scale=w_scale.pointer,
-        w_scale_stride=w_scale.stride, bias=bias.pointer, skip_padding=skip_padding, cols=cols, out=out.pointer,
-        out_pitch=out.pitch,
+        x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=x_scale.times(unit),
+        w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, bias=bias.pointer, skip_padding=skip_padding,
+        cols=cols, out=out.pointer, out_pitch=out.pitch,
     )
 
 

@@ -7,16 +7,15 @@ the data goes through them; running it changes a few addresses and enqueues them
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cupy_moe import launches
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT, Context
-from cupy_moe.driver import Launch, Tables
+from cupy_moe.driver import Launch
 from cupy_moe.grouped_gemm import GroupedGemm
-from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, WeightScale
+from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.spec import LayerSpec, Operand, Scale
 from cupy_moe.workspace import Carver, Workspace
 
@@ -77,7 +76,7 @@ class Layer:
         self.expert_offsets = cupy.zeros(experts + 1, cupy.int32)
         self.expert_counts = cupy.zeros(experts, cupy.int32)
         self.pointers = cupy.zeros((4, experts), cupy.int64)
-        self.amax = cupy.zeros(2, cupy.float32)
+        self.partials = cupy.zeros((2, launches.PARTIALS), cupy.float32)
         self.tensor_scales = cupy.zeros(2, cupy.float32)
         counts = self.expert_counts.data.ptr
         self.gemm1 = GroupedGemm(context, w1, experts, self.product, self.hidden, counts)
@@ -128,47 +127,55 @@ class Plan:
         self.ready = shape.hidden.dtype in FP8
         tables = [table.data.ptr for table in layer.pointers]
 
-        self.route = self._route()
-        self.quantize, x_scale = self._quantize()
+        route = self._route()
+        quantize, x_scale = self._quantize()
         gemm1 = layer.gemm1.prepare(shape.rows, tables[0], tables[1])
-        self.activate, a_scale = self._activate(x_scale)
+        activate, a_scale = self._activate(x_scale)
         gemm2 = layer.gemm2.prepare(shape.rows, tables[2], tables[3])
-        self.combine = self._combine(a_scale)
-        self.steps: list[Callable[[int], None]] = [
-            *self.route, *self.quantize, gemm1, *self.activate, gemm2, self.combine
-        ]
+        combine = self._combine(a_scale)
+        self.steps: list[Callable[[int], None]] = [*route, *quantize, gemm1, *activate, gemm2, combine]
+
+        # What changes from call to call: the stored arguments themselves.
+        ids = "expert_num_tokens" if shape.max_tokens else "ids"
+        weighting = quantize if layer.spec.apply_router_weight_on_input else [combine]
+        self._hidden = [launch.argument("x") for launch in quantize]
+        self._ids = [launch.argument(ids) for launch in route if ids in launch.kernel.parameters]
+        self._topk_weights = [launch.argument("topk_weights") for launch in weighting]
+        self._scale = [quantize[0].argument("scale_in"), quantize[0].argument("scale_value")] if self.ready else []
+        self._out = combine.argument("out")
+        for step in self.steps:
+            if isinstance(step, Launch):
+                step.overlapping()
 
     def __call__(self, stream: int, at: Addresses) -> None:
         """Enqueue the call on ``stream``."""
-        ids = "expert_num_tokens" if self.shape.max_tokens else "ids"
-        for launch in self.route:
-            if ids in launch.kernel.parameters:
-                launch.set(**{ids: at.ids})
-        weighted = self.layer.spec.apply_router_weight_on_input
-        for launch in self.quantize:
-            launch.set(x=at.hidden, topk_weights=at.topk_weights if weighted else 0)
-            if self.ready:
-                launch.set(scale_in=at.hidden_scale.pointer, scale_value=at.hidden_scale.value)
-        self.combine.set(out=at.out, topk_weights=0 if weighted else at.topk_weights)
+        for argument in self._hidden:
+            argument.value = at.hidden
+        for argument in self._ids:
+            argument.value = at.ids
+        for argument in self._topk_weights:
+            argument.value = at.topk_weights
+        if self._scale:
+            self._scale[0].value, self._scale[1].value = at.hidden_scale.pointer, at.hidden_scale.value
+        self._out.value = at.out
         for step in self.steps:
             step(stream)
 
     def _route(self) -> list[Launch]:
         layer, shape, buffers = self.layer, self.shape, self.buffers
         operands = ((buffers.x, 1), (buffers.product, 2), (buffers.a, 1), (buffers.y, 2))
+        x, product, a, y = (matrix.pointer for matrix, _ in operands)
         tables = Tables(
-            layer.pointers.data.ptr,
-            (ctypes.c_void_p * 4)(*(matrix.pointer for matrix, _ in operands)),
-            (ctypes.c_int64 * 4)(*(matrix.pitch * itemsize for matrix, itemsize in operands)),
+            layer.pointers.data.ptr, (x, product, a, y), tuple(matrix.pitch * size for matrix, size in operands)
         )
-        experts, amax = layer.spec.num_experts, layer.amax.data.ptr
+        experts = layer.spec.num_experts
         if shape.max_tokens:
             return [launches.route_padded(
-                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, amax, tables
+                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables
             )]
         expert_map = layer.spec.expert_map
         return launches.route(
-            layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps, amax,
+            layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps,
             expert_map=expert_map.info.pointer if expert_map else 0,
             map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
         )
@@ -177,56 +184,51 @@ class Plan:
         """The launches, and where the scales of the rows are then."""
         layer, shape, buffers = self.layer, self.shape, self.buffers
         spec = layer.spec
-        amax, tensor_scale = layer.amax.data.ptr, layer.tensor_scales.data.ptr
+        partials, tensor_scale = layer.partials[0].data.ptr, layer.tensor_scales.data.ptr
         if self.ready:
-            modes, given = ["STATIC"], RowScale(row_stride=shape.hidden_scale_stride)
+            mode, given = "STATIC", RowScale(row_stride=shape.hidden_scale_stride)
             scale_out, result = buffers.x_scales, RowScale(buffers.x_scales, row_stride=1)
         else:
-            modes, given, scale_out, result = _scaling(
+            mode, given, scale_out, result = _scaling(
                 layer.a1_scale, spec.per_act_token, buffers.x_scales, tensor_scale
             )
-        return [
-            launches.quantize(
-                layer.device, mode, shape.hidden, shape.tokens, spec.hidden_size, buffers.x, layer.hidden,
-                topk=shape.topk, src2dst=buffers.maps.src2dst, row_experts=buffers.maps.row_experts,
-                weighted=spec.apply_router_weight_on_input, scale=given, amax=amax,
-                amax_of_valid=bool(shape.max_tokens), scale_out=scale_out,
-            )
-            for mode in modes
-        ], result
+        return launches.quantize(
+            layer.device, mode, shape.hidden, shape.tokens, spec.hidden_size, buffers.x, layer.hidden, topk=shape.topk,
+            src2dst=buffers.maps.src2dst, row_experts=buffers.maps.row_experts,
+            weighted=spec.apply_router_weight_on_input, scale=given, partials=partials,
+            valid_only=bool(shape.max_tokens), scale_out=scale_out,
+        ), result
 
     def _activate(self, x_scale: RowScale) -> tuple[list[Launch], RowScale]:
         layer, shape, buffers = self.layer, self.shape, self.buffers
         spec = layer.spec
-        amax, tensor_scale = layer.amax.data.ptr + 4, layer.tensor_scales.data.ptr + 4
-        modes, given, scale_out, result = _scaling(layer.a2_scale, spec.per_act_token, buffers.a_scales, tensor_scale)
-        return [
-            launches.activation_quantize(
-                layer.device, mode, spec.activation, spec.gated, buffers.product, shape.rows, spec.intermediate_size,
-                layer.intermediate, buffers.a, layer.intermediate, x_scale=x_scale, unit=layer.gemm1.unit, w_scale=layer.w1_scale,
-                bias=layer.w1_bias, row_experts=buffers.maps.row_experts, scale=given, amax=amax, scale_out=scale_out,
-            )
-            for mode in modes
-        ], result
+        partials, tensor_scale = layer.partials[1].data.ptr, layer.tensor_scales.data.ptr + 4
+        mode, given, scale_out, result = _scaling(layer.a2_scale, spec.per_act_token, buffers.a_scales, tensor_scale)
+        return launches.activation_quantize(
+            layer.device, mode, spec.activation, spec.gated, buffers.product, shape.rows, spec.intermediate_size,
+            layer.intermediate, buffers.a, layer.intermediate, x_scale=x_scale, unit=layer.gemm1.unit,
+            w_scale=layer.w1_scale, bias=layer.w1_bias, row_experts=buffers.maps.row_experts, scale=given,
+            partials=partials, scale_out=scale_out,
+        ), result
 
     def _combine(self, a_scale: RowScale) -> Launch:
         layer, shape, maps = self.layer, self.shape, self.buffers.maps
         return launches.combine(
-            layer.device, self.buffers.y, shape.rows, shape.tokens, shape.topk, layer.spec.hidden_size, shape.out, x_scale=a_scale,
-            unit=layer.gemm2.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst, row_experts=maps.row_experts,
-            skip_padding=bool(shape.max_tokens),
+            layer.device, self.buffers.y, shape.rows, shape.tokens, shape.topk, layer.spec.hidden_size, shape.out,
+            x_scale=a_scale, unit=layer.gemm2.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst,
+            row_experts=maps.row_experts, skip_padding=bool(shape.max_tokens),
         )
 
 
 def _scaling(
     static: RowScale | None, per_token: bool, row_scales: int, tensor_scale: int
-) -> tuple[list[str], RowScale, int, RowScale]:
-    """Modes to launch, the scale given, where a scale made goes, and where the next kernel finds the rows' scales."""
+) -> tuple[str, RowScale, int, RowScale]:
+    """The kernel's mode, the scale given, where a scale made goes, and where the next kernel finds the rows' scales."""
     if static is not None:
-        return ["STATIC"], static, 0, static
+        return "STATIC", static, 0, static
     if per_token:
-        return ["TOKEN"], UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
-    return ["AMAX", "FROM_AMAX"], UNSCALED, tensor_scale, RowScale(tensor_scale)
+        return "TOKEN", UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
+    return "TENSOR", UNSCALED, tensor_scale, RowScale(tensor_scale)
 
 
 def _up(size: int) -> int:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from cupy_moe import arrays, checks
+from cupy_moe import checks
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.arrays import Array, Library
 
@@ -57,7 +58,9 @@ class LayerSpec:
 
     def without_arrays(self) -> LayerSpec:
         """The same with the addresses only: hashable, and keeps nothing alive."""
-        bare: dict[str, Any] = {name: Operand(None, x.info) for name, x in self.operands().items() if isinstance(x, Operand)}
+        bare: dict[str, Any] = {
+            name: Operand(None, x.info) for name, x in self.operands().items() if isinstance(x, Operand)
+        }
         return replace(self, **bare)
 
     def result_dtype(self, hidden_dtype: str) -> str:
@@ -85,11 +88,11 @@ def layer_spec(
         Naming the argument, what is allowed and what came.
     """
     library = checks.library_of("w1", w1)
-    device = library.describe(w1).device
+    device = checks.info("w1", w1, library).device
     checks.option("activation", activation, ACTIVATIONS)
     gated = ACTIVATIONS[activation].gated
 
-    first = checks.expect("w1", checks.describe("w1", w1, library, device), checks.FP8, ("E", "2N" if gated else "N", "K"))
+    first = checks.expect("w1", checks.info("w1", w1, library), checks.FP8, ("E", "2N" if gated else "N", "K"))
     num_experts, rows, hidden_size = first.shape
     if 0 in first.shape or rows % (2 if gated else 1):
         halves = " and an even second size (gates, then ups)" if gated else ""
@@ -106,7 +109,7 @@ def layer_spec(
 
     def weight_scale(name: str, x: Any, channels: int, halves: bool) -> Operand:
         if x is None:
-            raise ValueError(f"{name}: a scale is needed: float32 of shape (E,), or (E, {channels}) per channel")
+            raise ValueError(f"{name}: expected float32 of shape (E,), or (E, {channels}) per channel; got None")
         shapes = checks.weight_scale_shapes(num_experts, channels, halves)
         return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
 
@@ -121,7 +124,9 @@ def layer_spec(
             shapes.append(("M", 1))
         return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
 
-    name = None if out_dtype is None else checks.option("out_dtype", arrays.dtype_name(out_dtype), checks.FLOATS)
+    mapping = operand("expert_map", expert_map, ("int32",), ("global_num_experts",))
+    if mapping is not None:
+        checks.not_empty("expert_map", mapping.info)
     return LayerSpec(
         library=library, device=device, num_experts=num_experts, hidden_size=hidden_size,
         intermediate_size=intermediate_size, w1=Operand(w1, first), w2=Operand(w2, second),
@@ -130,85 +135,98 @@ def layer_spec(
         a1_scale=activation_scale("a1_scale", a1_scale), a2_scale=activation_scale("a2_scale", a2_scale),
         w1_bias=operand("w1_bias", w1_bias, checks.FLOATS, (num_experts, rows)),
         w2_bias=operand("w2_bias", w2_bias, checks.FLOATS, (num_experts, hidden_size)),
-        expert_map=operand("expert_map", expert_map, ("int32",), ("global_num_experts",)),
+        expert_map=mapping,
         per_act_token=checks.flag("per_act_token", per_act_token), activation=activation,
         apply_router_weight_on_input=checks.flag("apply_router_weight_on_input", apply_router_weight_on_input),
-        out_dtype=name, validate=checks.flag("validate", validate),
+        out_dtype=None if out_dtype is None else checks.float_dtype("out_dtype", out_dtype),
+        validate=checks.flag("validate", validate),
     )
 
 
 class Call(NamedTuple):
-    """The checked arguments of one call."""
+    """The arguments of one call, described but not yet checked against the layer."""
 
     hidden: Array
-    topk_weights: Array
-    topk_ids: Array
-    a1_scale: Scale | None  # of fp8 hidden states
+    ids: Array  # topk_ids; expert_num_tokens in the padded form
+    topk_weights: Array | None  # None: the padded form
+    out: Array | None
+    a1_scale: Scale | None  # of the call, or else of the layer
 
+    @property
+    def padded(self) -> bool:
+        """Whether this is a call of the padded form."""
+        return self.topk_weights is None
 
-def check_call(spec: LayerSpec, hidden_states: Any, topk_weights: Any, topk_ids: Any, a1_scale: Any = None) -> Call:
-    """Check the arguments of one call against the layer."""
-    library, device = spec.library, spec.device
-    hidden = checks.describe("hidden_states", hidden_states, library, device)
-    checks.expect(
-        "hidden_states", hidden, (*checks.FLOATS, *checks.FP8), ("M", spec.hidden_size), rows_only=True
-    )
-    tokens = hidden.shape[0]
-    ids = checks.describe("topk_ids", topk_ids, library, device)
-    checks.expect("topk_ids", ids, checks.INDICES, (tokens, "topk"))
-    weights = checks.describe("topk_weights", topk_weights, library, device)
-    checks.expect("topk_weights", weights, ("float32",), ids.shape)
-    if ids.shape[1] < 1:
-        raise ValueError(f"topk_ids: expected at least one expert per token; got shape {ids.shape}")
-    return Call(hidden, weights, ids, hidden_scale(spec, hidden, (tokens, 1), a1_scale))
-
-
-def check_batched(
-    spec: LayerSpec, hidden_states: Any, expert_num_tokens: Any, a1_scale: Any = None
-) -> tuple[Array, Array, Scale | None]:
-    """Check the arguments of the padded form."""
-    library, device = spec.library, spec.device
-    if spec.apply_router_weight_on_input:
-        raise ValueError(
-            "apply_router_weight_on_input: the padded form has no router weights: False is needed; got True"
+    def signature(self) -> Hashable:
+        """All that the checks and the choice of launches depend on: addresses count by their alignment only."""
+        scale = self.a1_scale
+        return (
+            self.hidden[1:], self.hidden.pointer % 16, self.ids[1:], self.topk_weights and self.topk_weights[1:],
+            self.out and (self.out[1:], self.out.pointer % 16), scale.info[1:] if isinstance(scale, Operand) else None,
         )
-    hidden = checks.describe("hidden_states", hidden_states, library, device)
-    checks.expect(
-        "hidden_states", hidden, (*checks.FLOATS, *checks.FP8), (spec.num_experts, "max_tokens", spec.hidden_size)
-    )
-    counts = checks.describe("expert_num_tokens", expert_num_tokens, library, device)
-    checks.expect("expert_num_tokens", counts, checks.INDICES, (spec.num_experts,))
-    return hidden, counts, hidden_scale(spec, hidden, (*hidden.shape[:2], 1), a1_scale)
 
 
-def hidden_scale(spec: LayerSpec, hidden: Array, per_token: checks.Shape, a1_scale: Any) -> Scale | None:
-    """The scale that belongs to fp8 hidden states, from the call or else from the layer; None for other dtypes."""
-    own = spec.a1_scale
-    if hidden.dtype not in checks.FP8:
-        if a1_scale is not None:
-            raise ValueError(f"a1_scale: goes with fp8 hidden_states in a call; hidden_states are {hidden.dtype}")
-        if isinstance(own, Operand) and own.info.shape not in ((), (1,), (spec.num_experts,)):
-            raise ValueError(
-                f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "
-                f"hidden_states; got {own.info.shape} (one per token goes with fp8 hidden_states)"
-            )
-        return None
-    scale: Scale | None = own
+def describe_call(
+    spec: LayerSpec, hidden_states: Any, ids: Any, topk_weights: Any, out: Any, a1_scale: Any, *, padded: bool
+) -> Call:
+    """Describe the arguments of a call: arrays of the layer's kind, on its device."""
+    library, device = spec.library, spec.device
+    scale = spec.a1_scale
     if a1_scale is not None:
         scale = checks.number("a1_scale", a1_scale)
         if scale is None:
-            scale = Operand(a1_scale, checks.describe("a1_scale", a1_scale, spec.library, spec.device))
-    if scale is None:
-        raise ValueError("a1_scale: fp8 hidden_states need their scale: one, or one per token of shape (M, 1)")
-    if isinstance(scale, Operand):
-        checks.expect("a1_scale", scale.info, ("float32",), (), (1,), per_token)
-    return scale
+            scale = Operand(a1_scale, checks.describe("a1_scale", a1_scale, library, device))
+    return Call(
+        checks.describe("hidden_states", hidden_states, library, device),
+        checks.describe("expert_num_tokens" if padded else "topk_ids", ids, library, device),
+        None if padded else checks.describe("topk_weights", topk_weights, library, device),
+        None if out is None else checks.describe("out", out, library, device),
+        scale,
+    )
 
 
-def check_out(spec: LayerSpec, out: Any, shape: tuple[int, ...], hidden_dtype: str) -> Any:
-    """``out`` checked, its dtype deciding where ``out_dtype`` is None; or a new array where it is None."""
-    if out is None:
-        return spec.library.empty(shape, spec.result_dtype(hidden_dtype), spec.device)
-    info = checks.describe("out", out, spec.library, spec.device)
-    checks.expect("out", info, (spec.out_dtype,) if spec.out_dtype else checks.FLOATS, shape, rows_only=True)
-    return out
+def check_call(spec: LayerSpec, call: Call, *, scale_given: bool) -> None:
+    """Check the arguments of a call against the layer; ``scale_given``: ``a1_scale`` came with the call."""
+    hidden = call.hidden
+    dtypes = (*checks.FLOATS, *checks.FP8)
+    if call.topk_weights is None:
+        if spec.apply_router_weight_on_input:
+            raise ValueError(
+                "apply_router_weight_on_input: expected False, since the padded form has no router weights; got True"
+            )
+        checks.expect("hidden_states", hidden, dtypes, (spec.num_experts, "max_tokens", spec.hidden_size))
+        checks.expect("expert_num_tokens", call.ids, checks.INDICES, (spec.num_experts,))
+    else:
+        checks.expect("hidden_states", hidden, dtypes, ("M", spec.hidden_size), rows_only=True)
+        checks.expect("topk_ids", call.ids, checks.INDICES, (hidden.shape[0], "topk"))
+        checks.expect("topk_weights", call.topk_weights, ("float32",), call.ids.shape)
+        if call.ids.shape[1] < 1:
+            raise ValueError(f"topk_ids: expected at least one expert per token; got shape {call.ids.shape}")
+    _check_hidden_scale(spec, call, scale_given)
+    if call.out is not None:
+        allowed = (spec.out_dtype,) if spec.out_dtype else checks.FLOATS
+        checks.expect("out", call.out, allowed, hidden.shape, rows_only=True)
+
+
+def _check_hidden_scale(spec: LayerSpec, call: Call, scale_given: bool) -> None:
+    hidden, scale = call.hidden, call.a1_scale
+    if hidden.dtype in checks.FP8:
+        per_token = (*hidden.shape[:-1], 1)
+        if scale is None:
+            raise ValueError(
+                f"a1_scale: expected one scale, or one per token {per_token}, with fp8 hidden_states; got None"
+            )
+        if isinstance(scale, Operand):
+            checks.expect("a1_scale", scale.info, ("float32",), (), (1,), per_token)
+        return
+    if scale_given:
+        came = type(scale.array if isinstance(scale, Operand) else scale).__name__
+        raise ValueError(
+            f"a1_scale: expected None in a call with {hidden.dtype} hidden_states (it is the scale of fp8 ones); "
+            f"got {came}"
+        )
+    if isinstance(scale, Operand) and scale.info.shape not in ((), (1,), (spec.num_experts,)):
+        raise ValueError(
+            f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "
+            f"hidden_states; got {scale.info.shape} (one per token goes with fp8 hidden_states)"
+        )

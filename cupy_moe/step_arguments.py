@@ -25,7 +25,7 @@ class Arguments:
 
     def __init__(self, name: str, x: Any) -> None:
         self.library = checks.library_of(name, x)
-        self.first = self.library.describe(x)
+        self.first = checks.info(name, x, self.library)
         self.device = self.first.device
         self.on_cpu = self.device == arrays.CPU
 
@@ -59,30 +59,35 @@ class Arguments:
         info = self.expect(name, scale, ("float32",), *checks.weight_scale_shapes(experts, channels, bool(up_channel)))
         return WeightScale.of(info, channels, up_channel)
 
-    def experts(self, **per_expert: Any) -> int:
-        """The number of experts that the arguments with one entry per expert speak of; 1 if there are none."""
-        for name, x in per_expert.items():
-            library = None if x is None else arrays.library_of(x)
-            if library is None:
-                continue
-            shape = library.describe(x).shape
-            if name in ("w_scale", "bias") and shape:
-                return shape[0]
-            if len(shape) == 1 and shape != (1,):
-                return shape[0]
-        return 1
+    def experts(self, row_experts: Any, rows: int, **per_expert: Any) -> tuple[int, int]:
+        """How many experts the arguments with one entry per expert speak of, and the address of the rows' experts.
 
-    def row_experts(self, x: Any, rows: int, experts: int) -> int:
-        """Address of the experts of the rows, 0 for None, which is enough for one expert only."""
-        if x is None and experts > 1:
-            raise ValueError(f"row_experts: needed with arguments per expert (they are for {experts}); got None")
-        return self.optional("row_experts", x, ("int32",), (rows,)).pointer
+        The number is 1 if there are no such arguments; then ``row_experts`` may be None (address 0).
+        """
+        experts = 1
+        for name, x in per_expert.items():
+            if x is None or arrays.library_of(x) is None:
+                continue
+            shape = checks.describe(name, x, self.library, self.device).shape
+            if not shape or (name not in ("w_scale", "bias") and (len(shape) > 1 or shape == (1,))):
+                continue
+            experts = shape[0]
+            if not experts:
+                raise ValueError(f"{name}: expected entries for at least one expert; got shape {shape}")
+            if row_experts is None and experts > 1:
+                raise ValueError(
+                    f"row_experts: expected an int32 array of shape ({rows},), since {name} of shape {shape} has an "
+                    "entry per expert; got None"
+                )
+            break
+        return experts, self.optional("row_experts", row_experts, ("int32",), (rows,)).pointer
 
     def result(self, name: str, out: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """``out`` checked, or a new array for None."""
         if out is None:
             return self.empty(shape, dtype)
         self.expect(name, out, (dtype,), shape)
+        checks.writable(name, out)
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -103,7 +108,7 @@ class Arguments:
 
     def pointer(self, x: Any) -> int:
         """Address of an array."""
-        return self.library.describe(x).pointer
+        return self.library.pointer(x)
 
     def matrix(self, info: Array) -> Matrix:
         """A checked matrix as the launches take it."""

@@ -39,6 +39,7 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
     ids = arguments.expect("topk_ids", topk_ids, INDICES, ("M", "topk"))
     experts = checks.count("num_experts", num_experts, 1)
     mapped = arguments.optional("expert_map", expert_map, ("int32",), ("global_num_experts",))
+    checks.not_empty("expert_map", mapped)
     if arguments.on_cpu:
         return Routing(*arguments.reference(reference.route, topk_ids, experts, expert_map=expert_map))
     tokens, topk = ids.shape
@@ -47,10 +48,9 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
         *(arguments.empty(shape, "int32") for shape in ((experts + 1,), (experts,), (rows,), (tokens, topk), (rows,)))
     )
     maps = Maps(*(arguments.pointer(x) for x in made))
-    amax = arguments.empty((2,), "float32")
     scratch = arguments.empty((launches.route_blocks(rows) * experts,), "int32")
     arguments.run(*launches.route(
-        arguments.device, ids.pointer, ids.dtype, tokens, topk, experts, maps, arguments.pointer(amax),
+        arguments.device, ids.pointer, ids.dtype, tokens, topk, experts, maps,
         expert_map=mapped.pointer, map_size=mapped.shape[0] if mapped.shape else 0, scratch=arguments.pointer(scratch),
     ))
     return made
@@ -76,7 +76,10 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     source = arguments.expect("x", x, (arguments.first.dtype,), ("M", "C"), rows_only=True)
     index = arguments.expect("dst2src_map", dst2src_map, ("int32",), ("rows",))
     shape = (index.shape[0], source.shape[1])
-    out = arguments.result("out", out, shape, source.dtype)
+    try:
+        out = arguments.result("out", out, shape, source.dtype)
+    except KeyError:
+        raise TypeError(f"x: expected a dtype that torch shares with NumPy; got {source.dtype}") from None
     if arguments.on_cpu:
         arguments.reference(reference.shuffle_rows, x, dst2src_map, out=out)
     elif 0 not in shape:
@@ -116,8 +119,8 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
     x
         (M, C) float16, bfloat16 or float32; any distance between rows.
     scale
-        float32. None: dynamic, ``max(amax, 1e-30) / 448`` over the finite values. A number, () or (1,): for all of ``x``.
-        (M, 1): one per token.
+        float32. None: dynamic, ``max(amax, 1e-30) / 448`` over the finite values. A number, () or (1,): for all of
+        ``x``. (M, 1): one per token.
     per_token
         A dynamic scale per token instead of one for all.
 
@@ -137,18 +140,18 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
         return arguments.reference_pair(reference.quantize_fp8, x, scale, per_token=per_token)
     codes = arguments.empty((tokens, cols), "uint8")
     out = Matrix(arguments.pointer(codes), cols, "uint8")
-    amax = arguments.zeros((1,))
+    partials = arguments.empty((launches.PARTIALS,), "float32")
     if scale is not None:
-        modes, made = ["STATIC"], arguments.as_scale(scale)
+        mode, made = "STATIC", arguments.as_scale(scale)
     else:
-        modes = ["TOKEN"] if per_token else ["AMAX", "FROM_AMAX"]
+        mode = "TOKEN" if per_token else "TENSOR"
         made = arguments.empty((tokens if per_token else 1, 1)[: 1 + per_token], "float32")
-    for mode in modes if 0 not in info.shape else []:
-        arguments.run(launches.quantize(
+    if 0 not in info.shape:
+        arguments.run(*launches.quantize(
             arguments.device, mode, arguments.matrix(info), tokens, cols, out, cols, scale=given,
-            amax=arguments.pointer(amax), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
+            partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
         ))
-    if 0 in info.shape and scale is None:
+    elif scale is None:
         made[...] = 1e-30 / 448
     return arguments.library.as_fp8(codes), made
 
@@ -195,8 +198,9 @@ def activation_quantize(
         raise ValueError(f"x: expected an even number of columns for activation {activation!r}; got {info.shape}")
     width = cols // 2 if gated else cols
     checks.flag("per_token", per_token)
-    experts = arguments.experts(w_scale=w_scale, bias=bias, scale=scale, x_scale=x_scale)
-    owners = arguments.row_experts(row_experts, rows, experts)
+    experts, owners = arguments.experts(
+        row_experts, rows, w_scale=w_scale, bias=bias, scale=scale, x_scale=x_scale
+    )
     by_weight = arguments.weight_scale("w_scale", w_scale, experts, cols, width if gated else 0)
     by_row = arguments.row_scale("x_scale", x_scale, ((), (1,), (rows, 1), (experts,)))
     given = arguments.row_scale("scale", scale, ((), (1,), (experts,)))
@@ -207,20 +211,20 @@ def activation_quantize(
             w_scale=w_scale, bias=bias, row_experts=row_experts,
         )
     codes = arguments.zeros((rows, width), "uint8")
-    amax = arguments.zeros((1,))
+    partials = arguments.empty((launches.PARTIALS,), "float32")
     if scale is not None:
-        modes, made = ["STATIC"], arguments.as_scale(scale)
+        mode, made = "STATIC", arguments.as_scale(scale)
     else:
-        modes = ["TOKEN"] if per_token else ["AMAX", "FROM_AMAX"]
+        mode = "TOKEN" if per_token else "TENSOR"
         made = arguments.zeros((rows, 1) if per_token else (1,))
-    for mode in modes if 0 not in info.shape else []:
-        arguments.run(launches.activation_quantize(
+    if 0 not in info.shape:
+        arguments.run(*launches.activation_quantize(
             arguments.device, mode, activation, gated, arguments.matrix(info), rows, width, width,
             Matrix(arguments.pointer(codes), width, "uint8"), width, x_scale=by_row, w_scale=by_weight,
-            bias=Bias(shift.pointer, shift.dtype), row_experts=owners, scale=given, amax=arguments.pointer(amax),
-            scale_out=0 if mode == "STATIC" else arguments.pointer(made),
+            bias=Bias(shift.pointer, shift.dtype), row_experts=owners, scale=given,
+            partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
         ))
-    if 0 in info.shape and scale is None:
+    elif scale is None:
         made[...] = 1e-30 / 448
     return arguments.library.as_fp8(codes), made
 
@@ -262,7 +266,7 @@ def grouped_gemm_fp8(
     by_row = arguments.row_scale("a_scale", a_scale, ((), (1,), (left.shape[0], 1), (experts,)))
     by_weight = arguments.weight_scale("b_scale", b_scale, experts, n, 0)
     shift = arguments.optional("bias", bias, FLOATS, (experts, n))
-    dtype = checks.option("out_dtype", arrays.dtype_name(out_dtype), FLOATS)
+    dtype = checks.float_dtype("out_dtype", out_dtype)
     chosen = backend_choice.choose(arguments.device, backend)
     if chosen == "reference":
         return arguments.reference(
@@ -312,12 +316,11 @@ def combine(
     rows, cols = info.shape
     index = arguments.expect("src2dst_map", src2dst_map, ("int32",), ("M", "topk"))
     weights = arguments.optional("topk_weights", topk_weights, ("float32",), index.shape)
-    experts = arguments.experts(w_scale=w_scale, bias=bias, x_scale=x_scale)
-    owners = arguments.row_experts(row_experts, rows, experts)
+    experts, owners = arguments.experts(row_experts, rows, w_scale=w_scale, bias=bias, x_scale=x_scale)
     by_weight = arguments.weight_scale("w_scale", w_scale, experts, cols, 0)
     by_row = arguments.row_scale("x_scale", x_scale, ((), (1,), (rows, 1), (experts,)))
     shift = arguments.optional("bias", bias, FLOATS, (experts, cols))
-    dtype = info.dtype if out_dtype is None else checks.option("out_dtype", arrays.dtype_name(out_dtype), FLOATS)
+    dtype = info.dtype if out_dtype is None else checks.float_dtype("out_dtype", out_dtype)
     if arguments.on_cpu:
         return arguments.reference(
             reference.combine, x, src2dst_map, topk_weights=topk_weights, x_scale=x_scale, w_scale=w_scale, bias=bias,
@@ -327,9 +330,10 @@ def combine(
     out = arguments.zeros((tokens, cols), dtype)
     if 0 not in (*info.shape, tokens, topk):
         arguments.run(launches.combine(
-            arguments.device, arguments.matrix(info), rows, tokens, topk, cols, Matrix(arguments.pointer(out), cols, dtype),
-            x_scale=by_row, w_scale=by_weight, bias=Bias(shift.pointer, shift.dtype), src2dst=index.pointer,
-            row_experts=owners, topk_weights=weights.pointer,
+            arguments.device, arguments.matrix(info), rows, tokens, topk, cols,
+            Matrix(arguments.pointer(out), cols, dtype), x_scale=by_row, w_scale=by_weight,
+            bias=Bias(shift.pointer, shift.dtype), src2dst=index.pointer, row_experts=owners,
+            topk_weights=weights.pointer,
         ))
     return out
 

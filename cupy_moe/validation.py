@@ -10,7 +10,7 @@ from cupy_moe.spec import LayerSpec, Operand
 
 
 def check_tokens(spec: LayerSpec, hidden_states: Any, topk_ids: Any) -> None:
-    """Raise ValueError for an id without an expert or a value that is not finite, naming the first token that has one."""
+    """Raise ValueError for an id that is out of range or a value that is not finite, naming the first such token."""
     library = spec.library
     with arrays.numeric_scope(library, spec.device):
         ids = library.to_numeric(topk_ids)
@@ -19,8 +19,30 @@ def check_tokens(spec: LayerSpec, hidden_states: Any, topk_ids: Any) -> None:
         if wrong.any():
             token = int(wrong.argmax())
             raise ValueError(f"topk_ids: expected ids from 0 to {limit - 1}; token {token} has {ids[token].tolist()}")
-        hidden = library.to_numeric(hidden_states)
-        values = e4m3.decode(hidden) if e4m3.is_fp8(hidden) else hidden.astype("float32")
-        wrong = ~(abs(values) < float("inf")).all(axis=1)
+        wrong = _not_finite(library.to_numeric(hidden_states))
         if wrong.any():
             raise ValueError(f"hidden_states: expected finite values; token {int(wrong.argmax())} has NaN or infinity")
+
+
+def check_padded(spec: LayerSpec, hidden_states: Any, expert_num_tokens: Any) -> None:
+    """Raise ValueError for a number of tokens that is out of range or a value that is not finite in a token."""
+    library = spec.library
+    with arrays.numeric_scope(library, spec.device):
+        counts, hidden = library.to_numeric(expert_num_tokens), library.to_numeric(hidden_states)
+        limit = hidden.shape[1]
+        wrong = (counts < 0) | (counts > limit)
+        if wrong.any():
+            expert = int(wrong.argmax())
+            raise ValueError(f"expert_num_tokens: expected 0 to {limit}; expert {expert} has {int(counts[expert])}")
+        for expert, count in enumerate(counts.tolist()):
+            wrong = _not_finite(hidden[expert, :count])
+            if wrong.any():
+                raise ValueError(
+                    f"hidden_states: expected finite values; token {int(wrong.argmax())} of expert {expert} has NaN or "
+                    "infinity"
+                )
+
+
+def _not_finite(hidden: Any) -> Any:
+    values = e4m3.decode(hidden) if e4m3.is_fp8(hidden) else hidden.astype("float32")
+    return ~(abs(values) < float("inf")).all(axis=1)

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// activation_quantize: GEMM 1's unscaled product to the fp8 rows of GEMM 2.
-//
-// Gathers the scales of the row and of its expert's weights, adds the bias, applies the activation and quantises, in one
-// pass. One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
-// (blockIdx.y). Rows without an expert are left alone.
+// GEMM 1's unscaled product to the fp8 rows of GEMM 2: activation_quantize, and amax_rows in front of it where one dynamic
+// scale serves the whole tensor. Both gather the scales of the row and of its expert's weights, add the bias and apply
+// the activation. Rows without an expert count for nothing and are left alone.
 //
 // Constants put in front of this text:
 //   In          Half | Bfloat16 | float
 //   Bias        None | Half | Bfloat16 | float
-//   MODE        as in quantize.cu; STATIC is scale_in[expert * scale_expert_stride]
+//   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
@@ -40,68 +38,105 @@ __device__ __forceinline__ float activate(float gate, float up) {
     return positive * positive;
 }
 
-struct WeightScales {
-    const float* scales;   // of this row's expert, or null
-    int up_offset;         // from a gate's scale to its up's
-    float row_scale;
+// What both kernels read. All of it is older than amax_rows.
+struct Source {
+    const In* x;               // (rows, x_pitch): gates from column 0, ups from up_column
+    long long x_pitch;
+    int up_column;
+    const int* row_experts;    // (rows,), -1: no expert; null: expert 0
+    const float* x_scale;      // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
+    int x_scale_row_stride, x_scale_expert_stride;
+    float unit;                // what 1 in x stands for: the GEMM scales down to fit a half
+    const float* w_scale;      // [expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
+    int w_scale_stride, w_scale_up;
+    const Bias* bias;          // (experts, 2 * cols), or (experts, cols) if not gated
+    int cols;
 };
 
-// v = v * (row scale * weight scale) + bias, for eight columns of the gate half or the up half.
-__device__ __forceinline__ void scale_half(float (&v)[VECTOR], int col, int count, int up, WeightScales by,
-                                           const Bias* bias, int cols) {
+__device__ __forceinline__ int expert_of(const Source& source, int row) {
+    return source.row_experts ? source.row_experts[row] : 0;
+}
+
+__device__ __forceinline__ float row_scale_of(const Source& source, int row, int expert) {
+    const long long index = (long long)row * source.x_scale_row_stride + expert * source.x_scale_expert_stride;
+    return source.unit * pick(source.x_scale, index, 1.0f);
+}
+
+// Eight columns of the gates (up = 0) or the ups (up = 1): x * (row scale * weight scale) + bias.
+__device__ __forceinline__ void load_scaled(const Source& source, int row, int expert, float row_scale, int col, int up,
+                                            float (&v)[VECTOR]) {
+    const int count = source.cols - col;
+    load_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
+    const long long at = (long long)expert * source.w_scale_stride + up * source.w_scale_up;
     float scale[VECTOR], shift[VECTOR];
-    if constexpr (PER_CHANNEL) {
-        load_vector<IN_ALIGNED>(by.scales + up * by.up_offset + col, count, scale);
-    } else {
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) scale[j] = pick(by.scales, up * by.up_offset, 1.0f);
+    if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(source.w_scale + at + col, count, scale);
+    const float expert_scale = PER_CHANNEL ? 1.0f : pick(source.w_scale, at, 1.0f);
+    if constexpr (sizeof(Bias) > 1) {
+        const long long columns = (GATED ? 2 : 1) * (long long)source.cols;
+        load_vector<IN_ALIGNED>(source.bias + expert * columns + up * source.cols + col, count, shift);
     }
-    if constexpr (sizeof(Bias) > 1) load_vector<IN_ALIGNED>(bias + (long long)up * cols + col, count, shift);
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-        v[j] *= by.row_scale * scale[j];
+        v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
         if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
     }
 }
 
+// Eight activated columns, zeros from cols on; returns their largest finite magnitude.
+__device__ __forceinline__ float load_activated(const Source& source, int row, int expert, float row_scale, int col,
+                                                float (&v)[VECTOR]) {
+    float up[VECTOR], largest = 0.0f;
+    load_scaled(source, row, expert, row_scale, col, 0, v);
+    if constexpr (GATED) load_scaled(source, row, expert, row_scale, col, 1, up);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+        v[j] = col + j < source.cols ? activate(v[j], GATED ? up[j] : 0.0f) : 0.0f;
+        largest = fmaxf(largest, finite_magnitude(v[j]));
+    }
+    return largest;
+}
+
+// The largest finite magnitude over all valid rows, one per block in partials. PARTIALS blocks.
+extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict__ partials)
+{
+    wait_for_previous_kernel();
+    const u32 vectors = (source.cols + VECTOR - 1) / VECTOR, total = rows * vectors, step = gridDim.x * blockDim.x;
+    float largest = 0.0f;
+#pragma unroll 2
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
+        const int row = i / vectors, col = (i - row * vectors) * VECTOR;
+        const int expert = expert_of(source, row);
+        if (expert < 0) continue;
+        float v[VECTOR];
+        largest = fmaxf(largest, load_activated(source, row, expert, row_scale_of(source, row, expert), col, v));
+    }
+    largest = block_max(largest);
+    if (threadIdx.x == 0) partials[blockIdx.x] = largest;
+}
+
+// One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
+// (blockIdx.y). The scale is, by MODE,
+//   TENSOR      that of the maximum in partials, left in scale_out[0] too
+//   STATIC      scale_in[expert * scale_expert_stride]
+//   TOKEN       that of the row, left in scale_out[row]
 extern "C" __global__ void activation_quantize(
-    const In* __restrict__ x,                 // (rows, x_pitch): gates from column 0, ups from up_column
-    long long x_pitch,
-    int up_column,
-    const int* __restrict__ row_experts,      // (rows,), -1: no expert; null: expert 0
-    const float* __restrict__ x_scale,        // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
-    int x_scale_row_stride,
-    int x_scale_expert_stride,
-    float unit,                               // what 1 in x stands for: the GEMM scales down to fit a half
-    const float* __restrict__ w_scale,        // w_scale[expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
-    int w_scale_stride,
-    int w_scale_up,
-    const Bias* __restrict__ bias,            // (experts, 2 * cols), or (experts, cols) if not gated
+    Source source,
+    const float* __restrict__ partials,       // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
     float scale_value,
     int scale_expert_stride,
-    float* amax,
-    int cols,
     int out_cols,                             // columns written: zeros from cols on
     u8* __restrict__ out,                     // (rows, out_pitch)
     long long out_pitch,
     float* __restrict__ scale_out)            // (1,) or, if TOKEN, (rows,)
 {
-    wait_for_previous_kernel();
-    const int row = blockIdx.x;
+    // If TENSOR, amax_rows is in front and the source older than that: it is read before that kernel is done.
+    if constexpr (MODE != TENSOR) wait_for_previous_kernel();
+    // Backwards: what amax_rows read last is still in the L2 cache.
+    const int row = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
-    const int expert = row_experts ? row_experts[row] : 0;
-    float scale = 1.0f;
-    if constexpr (MODE == FROM_AMAX) {
-        scale = scale_of_amax(*amax);
-        if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
-    }
-    if (expert < 0) return;
-
-    const In* source = x + row * x_pitch;
-    const Bias* expert_bias = sizeof(Bias) > 1 ? bias + (long long)expert * (GATED ? 2 : 1) * cols : nullptr;
-    const WeightScales by = {w_scale ? w_scale + (long long)expert * w_scale_stride : nullptr, w_scale_up,
-                             unit * pick(x_scale, row * x_scale_row_stride + expert * x_scale_expert_stride, 1.0f)};
+    const int expert = expert_of(source, row);
+    const float row_scale = expert < 0 ? 0.0f : row_scale_of(source, row, expert);
     float v[VECS][VECTOR];
     float largest = 0.0f;
 #pragma unroll
@@ -109,27 +144,20 @@ extern "C" __global__ void activation_quantize(
         const int col = (first + i * int(blockDim.x)) * VECTOR;
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-        if (col >= cols) continue;
-        const int count = cols - col;
-        float up[VECTOR];
-        load_vector<IN_ALIGNED>(source + col, count, v[i]);
-        if constexpr (GATED) load_vector<IN_ALIGNED>(source + up_column + col, count, up);
-        scale_half(v[i], col, count, 0, by, expert_bias, cols);
-        if constexpr (GATED) scale_half(up, col, count, 1, by, expert_bias, cols);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            v[i][j] = j < count ? activate(v[i][j], GATED ? up[j] : 0.0f) : 0.0f;
-            if constexpr (MODE == AMAX || MODE == TOKEN) largest = fmaxf(largest, finite_magnitude(v[i][j]));
-        }
+        if (expert >= 0 && col < source.cols)
+            largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v[i]));
     }
-    if constexpr (MODE == AMAX || MODE == TOKEN) largest = block_max(largest);
-    if constexpr (MODE == AMAX) {
-        if (threadIdx.x == 0) atomic_raise(amax, largest);
-        return;
+    if constexpr (MODE == TENSOR) wait_for_previous_kernel();
+
+    float scale = 1.0f;
+    if constexpr (MODE == TENSOR) {
+        scale = scale_of_amax(max_of_partials(partials));
+        if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
     }
+    if (expert < 0) return;
     if constexpr (MODE == STATIC) scale = pick(scale_in, expert * scale_expert_stride, scale_value);
     if constexpr (MODE == TOKEN) {
-        scale = scale_of_amax(largest);
+        scale = scale_of_amax(block_max(largest));
         if (threadIdx.x == 0) scale_out[row] = scale;
     }
     const Divisor divisor(scale);

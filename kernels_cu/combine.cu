@@ -36,28 +36,41 @@ extern "C" __global__ void combine(
     if (col >= cols) return;
     const int count = cols - col;
 
-    float sum[VECTOR] = {};
-    bool any = false;
+    // All slots' indices first, so that the rows' loads do not wait for one another.
+    int row[TOPK], expert[TOPK];
+    float weight[TOPK];
 #pragma unroll
     for (int slot = 0; slot < TOPK; ++slot) {
         const long long pair = (long long)token * TOPK + slot;
-        const int row = src2dst_map ? src2dst_map[pair] : token;
-        const int expert = row < 0 || row >= rows ? -1 : row_experts ? row_experts[row] : 0;
-        if (expert < 0) continue;
-        any = true;
+        row[slot] = src2dst_map ? src2dst_map[pair] : token;
+        weight[slot] = topk_weights ? topk_weights[pair] : 1.0f;
+    }
+    bool any = false;
+#pragma unroll
+    for (int slot = 0; slot < TOPK; ++slot) {
+        const bool valid = row[slot] >= 0 && row[slot] < rows;
+        expert[slot] = !valid ? -1 : row_experts ? row_experts[row[slot]] : 0;
+        any |= expert[slot] >= 0;
+    }
+
+    float sum[VECTOR] = {};
+#pragma unroll
+    for (int slot = 0; slot < TOPK; ++slot) {
+        if (expert[slot] < 0) continue;
         float v[VECTOR], scale[VECTOR], shift[VECTOR];
-        load_vector<IN_ALIGNED>(x + row * x_pitch + col, count, v);
-        const long long first = (long long)expert * w_scale_stride;
+        load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v);
+        const long long first = (long long)expert[slot] * w_scale_stride;
         const float expert_scale = pick(w_scale, first, 1.0f);
         if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(w_scale + first + col, count, scale);
-        if constexpr (sizeof(Bias) > 1) load_vector<IN_ALIGNED>(bias + (long long)expert * cols + col, count, shift);
-        const float row_scale = unit * pick(x_scale, row * x_scale_row_stride + expert * x_scale_expert_stride, 1.0f);
-        const float weight = topk_weights ? topk_weights[pair] : 1.0f;
+        if constexpr (sizeof(Bias) > 1)
+            load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift);
+        const long long row_index = (long long)row[slot] * x_scale_row_stride + expert[slot] * x_scale_expert_stride;
+        const float row_scale = unit * pick(x_scale, row_index, 1.0f);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
             v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
             if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
-            sum[j] = fmaf(weight, v[j], sum[j]);
+            sum[j] = fmaf(weight[slot], v[j], sum[j]);
         }
     }
     if (any || !skip_padding) store_vector<OUT_ALIGNED>(out + token * out_pitch + col, count, sum);

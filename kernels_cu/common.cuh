@@ -13,7 +13,7 @@ struct Fp8 { u8 bits; };  // e4m3, no infinity, NaN is 0x7f / 0xff
 struct None {};           // the type of an argument that this variant does not use
 
 // Where the scale of quantised values comes from; quantize.cu and activation.cu say what each means there.
-enum Mode { AMAX, FROM_AMAX, STATIC, TOKEN };
+enum Mode { TENSOR, STATIC, TOKEN };
 enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_MUL };
 
 constexpr float FP8_MAX = 448.0f;
@@ -22,11 +22,13 @@ constexpr int LANES = 32;
 constexpr u32 FULL_WARP = 0xffffffffu;
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
-// Lets the next kernel of the stream start its prologue now, then waits until everything before this kernel is done.
-// Nothing may be read or written before it returns. Without the launch attribute both instructions do nothing.
+// Waits until the kernel in front, and so everything before it, is done; then lets the next kernel start. Two rules make
+// chains of kernels safe. Every kernel calls this once. What it reads or writes before the call has to have been left
+// alone since before the kernel in front started: that kernel may still be running. Without the launch attribute the
+// kernel in front is done anyway and both instructions do nothing.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -174,7 +176,18 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// Raises *target to x. Both are not negative, so their bits order as integers; a maximum does not depend on the order.
-__device__ __forceinline__ void atomic_raise(float* target, float x) {
-    atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
+// The maximum of a tensor is found in two steps: each block of one kernel leaves its own maximum, and each warp of the next
+// takes the largest of those. Nothing has to be zeroed first, and no order matters.
+constexpr int PARTIALS = 256;  // blocks of the first kernel
+
+__device__ __forceinline__ float max_of_partials(const float* partials) {
+    const float4* mine = reinterpret_cast<const float4*>(partials) + threadIdx.x % LANES;
+    float x = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PARTIALS / 4; i += LANES) {
+        const float4 four = mine[i];
+        x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+    }
+    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
 }

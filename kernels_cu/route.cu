@@ -30,7 +30,19 @@ __device__ __forceinline__ int local_expert(const Shape& shape, int pair) {
     return id >= 0 && id < shape.experts ? int(id) : -1;
 }
 
-extern __shared__ int table[];  // [warps][experts]
+// Shared: a row of counts per warp, then one number per expert. An odd pitch keeps columns free of bank conflicts.
+extern __shared__ int table[];
+__device__ __forceinline__ int pitch_of(int experts) { return experts | 1; }
+__device__ __forceinline__ int* per_expert(int experts) { return table + blockDim.x / LANES * pitch_of(experts); }
+
+// Sum over the lanes up to and including this one.
+__device__ __forceinline__ int warp_inclusive_sum(int x) {
+    for (int offset = 1; offset < LANES; offset *= 2) {
+        const int left = __shfl_up_sync(FULL_WARP, x, offset);
+        if (int(threadIdx.x % LANES) >= offset) x += left;
+    }
+    return x;
+}
 
 // Calls visit(pair, expert, lanes of this warp with the same expert) for each pair of this warp, 32 at a time, in order.
 template <typename Visit>
@@ -47,44 +59,44 @@ __device__ __forceinline__ void for_pairs_of_warp(const Shape& shape, int begin,
     }
 }
 
-// table[warp][expert] = pairs of this warp for that expert.
+// The table's counts, turned into the position of each warp's first pair among the block's pairs of that expert;
+// per_expert becomes the block's number of pairs of each expert.
 __device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int end) {
-    for (int i = threadIdx.x; i < int(blockDim.x / LANES) * shape.experts; i += blockDim.x) table[i] = 0;
+    const int warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int pitch = pitch_of(shape.experts);
+    for (int i = threadIdx.x; i < warps * pitch; i += blockDim.x) table[i] = 0;
     __syncthreads();
-    int* mine = table + threadIdx.x / LANES * shape.experts;
+    int* mine = table + warp * pitch;
     for_pairs_of_warp(shape, begin, end, [&](int, int expert, u32 same) {
-        if (expert >= 0 && int(threadIdx.x % LANES) == __ffs(same) - 1) mine[expert] += __popc(same);
+        if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     });
     __syncthreads();
-}
-
-// Turns column `expert` of the table into running positions from `position` on; returns the position after the last.
-__device__ __forceinline__ int prefix_over_warps(int expert, int experts, int position) {
-    for (int warp = 0; warp < int(blockDim.x / LANES); ++warp) {
-        const int n = table[warp * experts + expert];
-        table[warp * experts + expert] = position;
-        position += n;
+    for (int expert = warp; expert < shape.experts; expert += warps) {  // a lane per warp: at most 32 of both
+        const int count = lane < warps ? table[lane * pitch + expert] : 0;
+        const int inclusive = warp_inclusive_sum(count);
+        if (lane < warps) table[lane * pitch + expert] = inclusive - count;
+        if (lane == LANES - 1) per_expert(shape.experts)[expert] = inclusive;
     }
-    return position;
+    __syncthreads();
 }
 
-// Places the pairs from the positions in the table on.
+// Places the pairs; per_expert holds the row of the block's first pair of each expert.
 __device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int end, int* dst2src_map, int* src2dst_map,
                                             int* row_experts) {
-    int* mine = table + threadIdx.x / LANES * shape.experts;
+    const int lane = threadIdx.x % LANES;
+    const int* first = per_expert(shape.experts);
+    int* mine = table + threadIdx.x / LANES * pitch_of(shape.experts);
     for_pairs_of_warp(shape, begin, end, [&](int pair, int expert, u32 same) {
-        const int lane = threadIdx.x % LANES;
         int row = -1;
-        if (expert >= 0) row = mine[expert] + __popc(same & ((1u << lane) - 1));
+        if (expert >= 0) row = first[expert] + mine[expert] + __popc(same & ((1u << lane) - 1));
         __syncwarp();
         if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
-        if (pair < end && pair < shape.pairs) {
-            if (row >= 0) {
-                dst2src_map[row] = pair / shape.topk;
-                row_experts[row] = expert;
-            }
-            src2dst_map[pair] = row;
+        if (pair >= end) return;
+        if (row >= 0) {
+            dst2src_map[row] = pair / shape.topk;
+            row_experts[row] = expert;
         }
+        src2dst_map[pair] = row;
     });
 }
 
@@ -92,21 +104,13 @@ __device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int e
 __device__ __forceinline__ int block_exclusive_sum(int x, int& carry) {
     __shared__ int warp_sums[LANES];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-    int inclusive = x;
-    for (int offset = 1; offset < LANES; offset *= 2) {
-        const int left = __shfl_up_sync(FULL_WARP, inclusive, offset);
-        if (lane >= offset) inclusive += left;
-    }
+    const int inclusive = warp_inclusive_sum(x);
     __syncthreads();  // the previous call's sums have been read
     if (lane == LANES - 1) warp_sums[warp] = inclusive;
     __syncthreads();
-    int sums = lane < warps ? warp_sums[lane] : 0;
-    for (int offset = 1; offset < LANES; offset *= 2) {
-        const int left = __shfl_up_sync(FULL_WARP, sums, offset);
-        if (lane >= offset) sums += left;
-    }
-    const int before = warp ? __shfl_sync(FULL_WARP, sums, max(warp - 1, 0)) : 0;
-    const int result = carry + before + inclusive - x;
+    const int sums = warp_inclusive_sum(lane < warps ? warp_sums[lane] : 0);
+    const int before = __shfl_sync(FULL_WARP, sums, max(warp - 1, 0));
+    const int result = carry + (warp ? before : 0) + inclusive - x;
     carry += __shfl_sync(FULL_WARP, sums, LANES - 1);
     return result;
 }
@@ -124,25 +128,23 @@ __device__ __forceinline__ void clear_tail(int first, int step, int begin, int p
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
 }
 
-// All in one block. amax: two maxima that later kernels raise from 0.
+// All in one block.
 extern "C" __global__ void route(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int* expert_offsets,
-    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, float* amax, Tables tables)
+    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables)
 {
     wait_for_previous_kernel();
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
-    if (threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
     count_pairs(shape, 0, pairs);
     int total = 0;
     for (int base = 0; base < experts; base += blockDim.x) {
         const int expert = base + threadIdx.x;
-        const int count = expert < experts ? prefix_over_warps(expert, experts, 0) : 0;
+        const int count = expert < experts ? per_expert(experts)[expert] : 0;
         const int row = block_exclusive_sum(count, total);
-        if (expert < experts) {
-            for (int warp = 0; warp < int(blockDim.x / LANES); ++warp) table[warp * experts + expert] += row;
-            expert_offsets[expert] = row;
-            write_expert(expert, experts, row, count, expert_counts, tables);
-        }
+        if (expert >= experts) continue;
+        per_expert(experts)[expert] = row;
+        expert_offsets[expert] = row;
+        write_expert(expert, experts, row, count, expert_counts, tables);
     }
     if (threadIdx.x == 0) expert_offsets[experts] = total;
     __syncthreads();
@@ -160,15 +162,14 @@ extern "C" __global__ void route_count(
     const int begin = blockIdx.x * pairs_per_block;
     count_pairs(shape, begin, min(begin + pairs_per_block, pairs));
     for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
-        block_counts[(long long)blockIdx.x * experts + expert] = prefix_over_warps(expert, experts, 0);
+        block_counts[(long long)blockIdx.x * experts + expert] = per_expert(experts)[expert];
 }
 
 // One block: counts become the first row of each (block, expert).
 extern "C" __global__ void route_scan(
-    int blocks, int experts, int* block_counts, int* expert_offsets, int* expert_counts, float* amax, Tables tables)
+    int blocks, int experts, int* block_counts, int* expert_offsets, int* expert_counts, Tables tables)
 {
     wait_for_previous_kernel();
-    if (threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
     int total = 0;
     for (int base = 0; base < experts; base += blockDim.x) {
         const int expert = base + threadIdx.x;
@@ -199,7 +200,7 @@ extern "C" __global__ void route_place(
     const int end = min(begin + pairs_per_block, pairs);
     count_pairs(shape, begin, end);
     for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
-        prefix_over_warps(expert, experts, block_rows[(long long)blockIdx.x * experts + expert]);
+        per_expert(experts)[expert] = block_rows[(long long)blockIdx.x * experts + expert];
     __syncthreads();
     place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
     clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, expert_offsets[experts], pairs, dst2src_map,
@@ -209,7 +210,7 @@ extern "C" __global__ void route_place(
 // The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
 extern "C" __global__ void route_padded(
     const Id* expert_num_tokens, int experts, int max_tokens, int* expert_counts, int* src2dst_map, int* row_experts,
-    float* amax, Tables tables)
+    Tables tables)
 {
     wait_for_previous_kernel();
     const int expert = blockIdx.x;
@@ -220,5 +221,4 @@ extern "C" __global__ void route_padded(
         row_experts[row] = i < count ? expert : -1;
     }
     if (threadIdx.x == 0) write_expert(expert, experts, expert * max_tokens, count, expert_counts, tables);
-    if (expert == 0 && threadIdx.x < 2) amax[threadIdx.x] = 0.0f;
 }
