@@ -96,7 +96,10 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.header = make_header(options)
+        self.header = make_header(
+            "benchmarks.table", options.arguments, out=options.out, commit=options.commit,
+            vllm_ops=options.vllm_ops, vllm_version=options.vllm_version,
+        )  # fmt: skip
         self.records: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.flush = timing.L2Flush()
@@ -176,7 +179,10 @@ class Run:
         return timing.time_warm(call, hold=hold)
 
 
-def make_header(options: argparse.Namespace) -> dict[str, Any]:
+def make_header(
+    module: str, arguments: list[str], *, out: str | None = None, commit: str | None = None,
+    vllm_ops: str | None = None, vllm_version: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Device, versions, commit, command, clocks as found, and the two rates measured now."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy", "vllm"):
@@ -184,17 +190,17 @@ def make_header(options: argparse.Namespace) -> dict[str, Any]:
             versions.setdefault(name.split("-")[0], importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-    command = " ".join(["python -m benchmarks.table", *options.arguments])
-    for path, name in ((options.vllm_ops, "DIR"), (options.out, "FILE.json")):
+    command = " ".join([f"python -m {module}", *arguments])
+    for path, name in ((vllm_ops, "DIR"), (out, "FILE.json")):
         command = command.replace(path, name) if path else command
-    if options.vllm_ops:
-        versions["vllm"] = options.vllm_version
+    if vllm_ops and vllm_version:
+        versions["vllm"] = vllm_version
     found = timing.clocks()
     versions["driver"] = found.pop("driver_version")
     return {
         "device": torch.cuda.get_device_name(),
         "versions": versions,
-        "commit": options.commit or timing.query("git", "rev-parse", "HEAD"),
+        "commit": commit or timing.query("git", "rev-parse", "HEAD"),
         "command": command,
         "clocks": found,
         "rates": {"read_bytes_s": timing.measure_read_rate(), "fp8_flop_s": timing.measure_fp8_rate()},

@@ -165,8 +165,7 @@ def measure_read_rate(size: int = 1 << 32) -> float:
         read()
         best = max(best, size / (time_warm(read, hold=True, rounds=3, replays=3).us_min * 1e-6))
     as_float = data.view(torch.float32)  # torch's own reduction, in case it is faster
-    best = max(best, size / (time_warm(as_float.sum, hold=True, rounds=3, replays=3).us_min * 1e-6))
-    return best
+    return max(best, size / (time_warm(as_float.sum, hold=True, rounds=3, replays=3).us_min * 1e-6))
 
 
 def measure_fp8_rate(size: int = 8192) -> float:

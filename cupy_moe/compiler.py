@@ -38,7 +38,7 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
 def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
     text = re.sub(r"//[^\n]*", "", kernels_cu.source(file))
-    found = re.search(rf'extern "C" __global__ void {name}\((.*?)\)\s*{{', text, re.S)
+    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?{name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
     return dict(field for declaration in found[1].split(",") for field in _fields(declaration, text))

@@ -34,6 +34,7 @@ _REFUSED = {((10, 3), (13, 7)): "cuBLAS 13.7 has reported silent corruption on c
 _R_32F, _R_16F, _R_8F_E4M3, _COMPUTE_32F = 0, 2, 28, 68
 _DESC_TRANSA, _DESC_FAST_ACCUM = 3, 25
 _CODE_MAX, _HALF_MAX = 448.0, 65504.0
+_CONFIG_TILE, _CONFIG_CUSTOM_OPTION = 1, 5
 _PREF_WORKSPACE, _PREF_AVERAGE_K, _PREF_AVERAGE_D_ROWS, _PREF_AVERAGE_D_COLS = 1, 13, 14, 15
 
 
@@ -213,6 +214,18 @@ class GroupedMatmul:
         )
         context.call("cublasLtMatmulPreferenceDestroy", preference)
         return [results[i] for i in range(count.value) if results[i].state == 0]
+
+    def configuration(self, algorithm: Algorithm) -> tuple[int, int]:
+        """Tile (a ``cublasLtMatmulTile_t``) and custom option of an algorithm: what tells its kernels apart."""
+        values = []
+        for attribute in (_CONFIG_TILE, _CONFIG_CUSTOM_OPTION):
+            value, written = ctypes.c_uint32(), ctypes.c_size_t()
+            self.context.call(
+                "cublasLtMatmulAlgoConfigGetAttribute", ctypes.byref(algorithm), attribute, ctypes.byref(value),
+                ctypes.c_size_t(4), ctypes.byref(written),
+            )
+            values.append(value.value)
+        return values[0], values[1]
 
     def launch(
         self, algorithm: Algorithm, weights: int, rows: int, result: int, workspace: int

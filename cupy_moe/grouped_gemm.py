@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,27 @@ from cupy_moe.cublaslt import ALIGNMENT, Algorithm, Context, GroupedMatmul
 
 Prepared = Callable[[int], None]
 """A prepared matmul: called with the stream."""
+
+
+class Preference(NamedTuple):
+    """An algorithm for a range of rows per expert: what to ask the heuristic, and which proposal to take."""
+
+    below: float  # rows per expert, on average over all experts
+    average: int  # what the heuristic is told
+    tile: int  # cublasLtMatmulTile_t
+    option: int  # custom option of the algorithm
+
+
+# The heuristic's own first proposal is up to 1.5 times slower than its best. These lost least over the layers of
+# benchmarks/cases.py on an H100 with cuBLAS 13.10 (benchmarks/algorithms.py, results/algorithms_h100.json). Where the
+# heuristic does not propose them (another library or device), its first proposal runs.
+PREFERRED = (
+    Preference(12, 8, 312, 1),  # 64 x 16
+    Preference(24, 32, 13, 1),  # 64 x 32
+    Preference(46, 64, 18, 1),  # 128 x 64
+    Preference(182, 128, 21, 6),  # 256 x 64
+    Preference(float("inf"), 128, 20, 5),  # 128 x 128
+)
 
 
 class GroupedGemm:
@@ -36,20 +57,22 @@ class GroupedGemm:
         self.matmul = GroupedMatmul(context, experts, n, k, counts)
         self.unit = self.matmul.unit
         self.weight_pointers = cupy.asarray(weights + np.arange(experts, dtype=np.int64) * (n * k))
-        self._algorithms: dict[int, list[Algorithm]] = {}
+        self._algorithms: dict[Preference, list[Algorithm]] = {}
         # One workspace per GEMM: two in one CUDA graph that share one have been seen to fault on replay (<= 13.7).
         self._workspaces: list[Any] = []
 
     def algorithms(self, rows: int) -> list[Algorithm]:
-        """The heuristic's proposals for ``rows`` rows in all; the same list for numbers of rows close together."""
-        average = -(-rows // len(self.weight_pointers))
-        bucket = 1 << (average - 1).bit_length()
-        if bucket not in self._algorithms:
-            self._algorithms[bucket] = self.matmul.algorithms(bucket)
-        return self._algorithms[bucket]
+        """The heuristic's proposals for ``rows`` rows in all, the one of `PREFERRED` first if it is among them."""
+        average = rows / len(self.weight_pointers)
+        preferred = next(entry for entry in PREFERRED if average < entry.below)
+        if preferred not in self._algorithms:
+            found = self.matmul.algorithms(preferred.average)
+            wanted = (preferred.tile, preferred.option)
+            self._algorithms[preferred] = sorted(found, key=lambda one: self.matmul.configuration(one) != wanted)
+        return self._algorithms[preferred]
 
     def prepare(self, rows: int, row_pointers: int, result_pointers: int, choice: int = 0) -> Prepared:
-        """The launch for ``rows`` rows in all, with the heuristic's algorithm number ``choice``.
+        """The launch for ``rows`` rows in all, with number ``choice`` of `algorithms`.
 
         ``row_pointers`` and ``result_pointers`` are addresses of tables with the address of each expert's rows.
         """

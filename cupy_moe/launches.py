@@ -15,6 +15,8 @@ from cupy_moe.driver import Kernel, Launch
 VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_THREADS = 1024
+MAX_ROW_THREADS = 512
+"""Threads of a block that holds a row in registers, as in ``common.cuh``."""
 STRETCH_THREADS = 256
 """Threads per block where a row may be cut into stretches."""
 ONE_LAUNCH_PAIRS = 4096
@@ -110,7 +112,7 @@ def _grid(rows: int, cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
         threads = min(STRETCH_THREADS, _up(vectors, 32))
         return -(-vectors // threads), threads, 1
     # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
-    at_least = -(-vectors // MAX_THREADS)
+    at_least = -(-vectors // MAX_ROW_THREADS)
     per_thread = at_least
     if rows >= MANY_ROWS:
         per_thread = max(at_least, *range(2, 5), key=lambda n: (-_up(vectors, 32 * n), n))

@@ -151,6 +151,7 @@ class Call(NamedTuple):
     topk_weights: Array | None  # None: the padded form
     out: Array | None
     a1_scale: Scale | None  # of the call, or else of the layer
+    scale_given: bool  # it is that of the call
 
     @property
     def padded(self) -> bool:
@@ -162,7 +163,8 @@ class Call(NamedTuple):
         scale = self.a1_scale
         return (
             self.hidden[1:], self.hidden.pointer % 16, self.ids[1:], self.topk_weights and self.topk_weights[1:],
-            self.out and (self.out[1:], self.out.pointer % 16), scale.info[1:] if isinstance(scale, Operand) else None,
+            self.out and (self.out[1:], self.out.pointer % 16), self.scale_given,
+            scale.info[1:] if isinstance(scale, Operand) else None,
         )
 
 
@@ -182,6 +184,7 @@ def describe_call(
         None if padded else checks.describe("topk_weights", topk_weights, library, device),
         None if out is None else checks.describe("out", out, library, device),
         scale,
+        a1_scale is not None,
     )
 
 

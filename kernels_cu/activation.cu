@@ -119,7 +119,7 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert * scale_expert_stride]
 //   TOKEN       that of the row, left in scale_out[row]
-extern "C" __global__ void activation_quantize(
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantize(
     Source source,
     const float* __restrict__ partials,       // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value

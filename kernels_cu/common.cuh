@@ -19,6 +19,7 @@ enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_
 constexpr float FP8_MAX = 448.0f;
 constexpr float TINY_AMAX = 1e-30f;  // a row of zeros still gets a usable scale
 constexpr int LANES = 32;
+constexpr int MAX_ROW_THREADS = 512;  // threads of a block that holds a row in registers
 constexpr u32 FULL_WARP = 0xffffffffu;
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
@@ -83,15 +84,16 @@ __device__ __forceinline__ u32 encode_pair(float low, float high) {
 
 // ---- division by a scale ----------------------------------------------------------------------------------------
 // x / s correctly rounded in three instructions where 1 / s is at hand: one Newton correction of x * (1 / s) (Markstein,
-// "Computation of elementary functions on the IBM RISC System/6000", 1990). Far outside e4m3's range, and for
-// infinities, the product alone is right and the correction could make a NaN.
+// "Computation of elementary functions on the IBM RISC System/6000", 1990). Outside e4m3's range, on both sides, the
+// product alone gives the right code, and the correction could make infinity a NaN and lose the sign of zero.
 struct Divisor {
     float scale, reciprocal;
     __device__ explicit Divisor(float s) : scale(s), reciprocal(__frcp_rn(s)) {}
     __device__ __forceinline__ float divide(float x) const {
         const float q = x * reciprocal;
         const float corrected = fmaf(fmaf(-q, scale, x), reciprocal, q);
-        return fabsf(q) < 1024.0f ? corrected : q;
+        const u32 magnitude = __float_as_uint(fabsf(q)), low = 0x39800000u, high = 0x44800000u;  // 2^-12, 2^10
+        return magnitude - low < high - low ? corrected : q;
     }
 };
 

@@ -57,7 +57,7 @@ extern "C" __global__ void amax_tokens(
 //   STATIC      scale_in[expert] if PER_EXPERT, else scale_in[token * scale_stride]; left in scale_out[row] if not null
 //   TOKEN       that of the row, left in scale_out[row]
 // Fp8 input is always STATIC; with WEIGHTED the router weight goes into the row's scale.
-extern "C" __global__ void quantize_shuffle(
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const In* __restrict__ x,                 // (tokens, cols)
     long long x_pitch,                        // elements from one token to the next
     const int* __restrict__ src2dst_map,      // (tokens, topk): row or -1; null: row = token
