@@ -2,8 +2,8 @@
 """Times every algorithm that cuBLASLt's heuristic proposes for the grouped GEMMs of the benchmark's layers.
 
 ``python -m benchmarks.algorithms --out FILE.json`` writes ``header`` and, for each GEMM (experts, n, k) and number of
-tokens M, the algorithms by tile and custom option with their best time in microseconds. It prints, for ranges of rows per
-expert, which of them lose least against the best of each case: what `cupy_moe.grouped_gemm.PREFERRED` is made from.
+tokens M, the algorithms by tile and custom option with their best time in microseconds. It prints, for ranges of rows
+per expert, which of them lose least against the best of each case: what `cupy_moe.grouped_gemm.PREFERRED` is made from.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import torch
 
+from cupy_moe import arrays
+
 Result = TypeVar("Result")
 
 ROUNDS = 7
@@ -153,7 +155,7 @@ def measure_read_rate(size: int = 1 << 32) -> float:
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     kernel = cupy.RawKernel(READ_SOURCE, "read_all")
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    stream = arrays.cupy_stream(torch.cuda.current_stream().cuda_stream)
     pointers = (cupy.uint64(data.data_ptr()), cupy.uint64(size // 16), cupy.uint64(out.data_ptr()))
     best = 0.0
     for threads, blocks in ((256, 8), (512, 4), (1024, 2), (512, 16)):

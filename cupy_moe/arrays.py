@@ -251,7 +251,20 @@ def numeric_scope(library: Library, device: int) -> Iterator[None]:
     if device == CPU:
         yield
         return
+    with on_device(device), nullcontext() if library.name == "cupy" else cupy_stream(library.stream(device)):
+        yield
+
+
+class _ForeignStream(NamedTuple):
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle  # version of the protocol, stream
+
+
+def cupy_stream(handle: int) -> Any:
+    """A ``cudaStream_t`` as a CuPy stream, which can be entered."""
     import cupy
 
-    with on_device(device), cupy.cuda.ExternalStream(library.stream(device), device):
-        yield
+    stream = cupy.cuda.Stream
+    return stream.from_external(_ForeignStream(handle)) if handle else stream.null

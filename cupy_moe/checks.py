@@ -61,7 +61,7 @@ def expect(
     rows_only = rows_only and len(array.shape) == 2
     if rows_only:
         rows, cols = array.shape
-        dense = (cols <= 1 or array.strides[1] == 1) and (rows <= 1 or array.strides[0] >= cols)
+        dense = ((cols <= 1 or array.strides[1] == 1) and (rows <= 1 or array.strides[0] >= cols)) or not rows * cols
     else:
         dense = array.contiguous
     if not dense:

@@ -41,7 +41,8 @@ class _Config(ctypes.Structure):
 
 
 @cache
-def _libcuda() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The CUDA driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
@@ -49,8 +50,8 @@ def check(result: int, what: str) -> None:
     """Raise `CudaError` unless ``result``, the ``CUresult`` of the call named ``what``, is success."""
     if result:
         name, text = ctypes.c_char_p(), ctypes.c_char_p()
-        _libcuda().cuGetErrorName(result, ctypes.byref(name))
-        _libcuda().cuGetErrorString(result, ctypes.byref(text))
+        library().cuGetErrorName(result, ctypes.byref(name))
+        library().cuGetErrorString(result, ctypes.byref(text))
         label = (name.value or b"unknown error").decode()
         raise CudaError(f"{what} failed: {label} ({result}): {(text.value or b'').decode()}")
 
@@ -78,7 +79,7 @@ class Kernel:
     def allow_shared_bytes(self, nbytes: int) -> None:
         """Raise the limit of dynamic shared memory per block to ``nbytes`` where the default is below it."""
         if nbytes > _DEFAULT_SHARED_BYTES:
-            result = _libcuda().cuFuncSetAttribute(
+            result = library().cuFuncSetAttribute(
                 ctypes.c_void_p(self.handle), _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(nbytes)
             )
             check(result, f"{nbytes} bytes of dynamic shared memory for {self.name}")
@@ -129,7 +130,7 @@ class Launch:
         )
         self._config_ref = ctypes.byref(self._config)
         self._function = ctypes.c_void_p(kernel.handle)
-        self._launch = _libcuda().cuLaunchKernelEx
+        self._launch = library().cuLaunchKernelEx
 
     def overlapping(self) -> Launch:
         """Let this launch start while the kernel in front still runs, where the device can; returns itself.
@@ -143,6 +144,11 @@ class Launch:
         """The stored argument called ``name``: setting its ``value`` changes the calls that follow."""
         return self._args[name]
 
+    def node_parameters(self) -> tuple[Any, ...]:
+        """Function, grid, block, shared bytes and arguments, as a kernel node of a CUDA graph takes them."""
+        config = self._config
+        return self._function, config.grid, config.block, config.shared_bytes, ctypes.addressof(self._keep)
+
     def __call__(self, stream: int) -> None:
         """Enqueue on ``stream`` (a ``cudaStream_t`` as an integer) of the current device."""
         self._config.stream = stream
@@ -154,7 +160,7 @@ class Launch:
 def is_capturing(stream: int) -> bool:
     """Whether ``stream`` is being captured into a CUDA graph."""
     status = ctypes.c_int()
-    check(_libcuda().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)), "cuStreamIsCapturing")
+    check(library().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)), "cuStreamIsCapturing")
     return status.value != 0
 
 
@@ -162,7 +168,7 @@ def is_capturing(stream: int) -> bool:
 def allocation_allowed() -> Iterator[None]:
     """Let this thread allocate device memory while a stream is being captured."""
     mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
-    exchange = _libcuda().cuThreadExchangeStreamCaptureMode
+    exchange = library().cuThreadExchangeStreamCaptureMode
     check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
     try:
         yield

@@ -170,12 +170,14 @@ class Experts:
                 out = library.empty(call.hidden.shape, plan.shape.out.dtype, device)
             if plan.shape.tokens:
                 stream = library.stream(device)
-                if driver.is_capturing(stream):
+                capturing = driver.is_capturing(stream)
+                if capturing:
                     self._workspace.note_capture()
-                plan(stream, Addresses(
+                at = Addresses(
                     call.hidden.pointer, call.ids.pointer, call.topk_weights.pointer if call.topk_weights else 0,
                     row_scale(call.a1_scale), call.out.pointer if call.out else library.pointer(out),
-                ))
+                )
+                plan(stream, at, capturing=capturing)
         return out
 
     def _prepare(self, signature: Hashable, call: Call, scale_given: bool) -> Plan:

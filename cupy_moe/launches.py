@@ -115,7 +115,8 @@ def _grid(rows: int, cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
     at_least = -(-vectors // MAX_ROW_THREADS)
     per_thread = at_least
     if rows >= MANY_ROWS:
-        per_thread = max(at_least, *range(2, 5), key=lambda n: (-_up(vectors, 32 * n), n))
+        choices = range(max(at_least, 2), max(at_least, 4) + 1)
+        per_thread = min(choices, key=lambda n: (_up(vectors, 32 * n), -n))
     return 1, _up(-(-vectors // per_thread), 32), per_thread
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cupy_moe import launches
+from cupy_moe import launches, replay
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.driver import Launch
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, Tables, WeightScale
+from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
 from cupy_moe.workspace import Carver, Workspace
+
+CALLS_BEFORE_REPLAY = 2
+"""Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
 
 
 class CallShape(NamedTuple):
@@ -143,12 +147,32 @@ class Plan:
         self._topk_weights = [launch.argument("topk_weights") for launch in weighting]
         self._scale = [quantize[0].argument("scale_in"), quantize[0].argument("scale_value")] if self.ready else []
         self._out = combine.argument("out")
+        self._changing = [*(launch for launch in route if ids in launch.kernel.parameters), *quantize, combine]
+        self._at: Addresses | None = None
+        self._calls = 0
+        self._moved = False  # since the replay took the addresses over
+        self._replay: Replay | None = None
         for step in self.steps:
             if isinstance(step, Launch):
                 step.overlapping()
 
-    def __call__(self, stream: int, at: Addresses) -> None:
-        """Enqueue the call on ``stream``."""
+    def __call__(self, stream: int, at: Addresses, *, capturing: bool) -> None:
+        """Enqueue the call on ``stream``; ``capturing``: it is being captured into a CUDA graph."""
+        if at != self._at:
+            self._set(at)
+        self._calls += 1
+        if capturing or self._calls <= CALLS_BEFORE_REPLAY or not replay.available():
+            for step in self.steps:
+                step(stream)
+            return
+        if self._replay is None:
+            self._replay = Replay(self.steps, self._changing)
+        elif self._moved:
+            self._replay.update()
+        self._moved = False
+        self._replay(stream)
+
+    def _set(self, at: Addresses) -> None:
         for argument in self._hidden:
             argument.value = at.hidden
         for argument in self._ids:
@@ -158,8 +182,8 @@ class Plan:
         if self._scale:
             self._scale[0].value, self._scale[1].value = at.hidden_scale.pointer, at.hidden_scale.value
         self._out.value = at.out
-        for step in self.steps:
-            step(stream)
+        self._at = at
+        self._moved = True
 
     def _route(self) -> list[Launch]:
         layer, shape, buffers = self.layer, self.shape, self.buffers

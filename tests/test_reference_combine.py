@@ -158,7 +158,8 @@ def test_activations(name):
         rows = x[None]
     with np.errstate(over="ignore"):
         got = activate(name, rows)
-    assert got.dtype == np.float32 and got.shape == (1, len(x))
+    assert got.dtype == np.float32
+    assert got.shape == (1, len(x))
     np.testing.assert_allclose(got[0], expected, rtol=2e-6, atol=2e-6)
 
 

@@ -103,7 +103,8 @@ def test_result_type_is_that_of_the_input(dtype):
     hidden = hidden.astype(dtype)
     got = run(hidden, weights, ids, layer)
     exact = run(hidden, weights, ids, layer, out_dtype="float32")
-    assert got.dtype == dtype and exact.dtype == np.float32
+    assert got.dtype == dtype
+    assert exact.dtype == np.float32
     np.testing.assert_array_equal(got, exact.astype(dtype))
 
 
@@ -137,7 +138,8 @@ def test_float16_overflows_to_infinity_without_a_warning():
     hidden, weights, ids, layer = make_layer()
     got = run(hidden, 1e4 * weights, ids, layer, out_dtype="float16")
     exact = run(hidden, 1e4 * weights, ids, layer)
-    assert np.isinf(got).any() and np.isfinite(exact).all()
+    assert np.isinf(got).any()
+    assert np.isfinite(exact).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +154,8 @@ def test_batched_is_the_plain_form(mode, dtype):
 
     ids = np.repeat(np.arange(E), counts)[:, None]
     expected = run(padded[real], np.ones(ids.shape, np.float32), ids, layer, **mode)
-    assert got.dtype == dtype and got.shape == padded.shape
+    assert got.dtype == dtype
+    assert got.shape == padded.shape
     np.testing.assert_array_equal(got[real], expected)
     assert not got[~real].any()
 

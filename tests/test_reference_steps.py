@@ -118,7 +118,8 @@ def test_quantize_fp8(mode, dtype):
     amax = finite.max(axis=1, keepdims=True) if mode == "token" else finite.max().reshape(1)
     dynamic = np.maximum(amax, np.float32(1e-30)) / np.float32(448)
     expected = np.atleast_1d(np.asarray(static.get(mode, dynamic), np.float32))
-    assert scale.dtype == np.float32 and q.dtype == FP8
+    assert scale.dtype == np.float32
+    assert q.dtype == FP8
     np.testing.assert_array_equal(scale, expected)
     np.testing.assert_array_equal(q.astype(np.float32), round_e4m3(wide / expected))
 

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel once, at small odd sizes, against the reference on the host: a program for compute-sanitizer.
+
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py
+    done
+
+Exits with 1 if a result is wrong. ``--no-gemm`` leaves out what needs cuBLASLt. Each array is an allocation of its own,
+so that memcheck sees where it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+import cupy_moe
+from cupy_moe import e4m3, reference
+
+EXPERTS, TOPK = 5, 3
+CHECKS: list[tuple[str, float]] = []
+
+
+def device(x):
+    if not isinstance(x, np.ndarray):
+        return x
+    return cupy.asarray(x.view(np.uint8) if x.dtype == e4m3.DTYPE else x)
+
+
+def values(x):
+    """An array as float32 on the host; codes stand for their values."""
+    x = x.get() if isinstance(x, cupy.ndarray) else x
+    return e4m3.decode(x) if e4m3.is_fp8(x) else x.astype(np.float32)
+
+
+def check(label, got, want, limit):
+    got, want = values(got), values(want)
+    assert got.shape == want.shape, f"{label}: {got.shape} instead of {want.shape}"
+    norm = np.linalg.norm(want)
+    error = np.linalg.norm(got - want) / (norm or 1.0)
+    CHECKS.append((label, error))
+    if not error <= limit:  # also NaN
+        sys.exit(f"{label}: relative error {error:.2e}, at most {limit:.0e} is right")
+
+
+def compare(label, name, *args, limit=0.0, out_dtype=None, **options):
+    """One step on the GPU and on the host; returns the host's result, as a tuple."""
+    given = {} if out_dtype is None else {"out_dtype": out_dtype}
+    on_gpu = {key: device(value) for key, value in options.items()}
+    got = getattr(cupy_moe, name)(*map(device, args), **on_gpu, **given)
+    wanted = {"out_dtype": "float32"} if out_dtype else {}
+    want = getattr(reference, name)(*args, **options, **wanted)
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        check(f"{name} {label} [{i}]", a, b, limit)
+    return want
+
+
+def draw(rng, shape, dtype=np.float32):
+    return rng.normal(0, 1, shape).astype(dtype)
+
+
+def codes(rng, shape):
+    return e4m3.encode(draw(rng, shape) * 100)
+
+
+def route_and_shuffle(rng):
+    routing = None
+    for tokens, id_type in ((2000, np.int64), (7, np.int32)):  # three launches, then one
+        ids = rng.integers(-1, EXPERTS + 1, (tokens, TOPK)).astype(id_type)
+        compare(f"{tokens} tokens, mapped", "route", ids, 4, expert_map=np.array([2, -1, 0, 3, 1], np.int32))
+        routing = reference.Routing(*compare(f"{tokens} tokens", "route", ids, EXPERTS))
+    for dtype, cols in ((np.uint8, 13), (np.float16, 9), (np.float32, 7), (np.uint8, 24), (np.float32, 12)):
+        compare(f"{dtype.__name__} {cols}", "shuffle_rows", draw(rng, (7, cols)).astype(dtype), routing.dst2src_map)
+    compare("", "gather_scales", draw(rng, (7, 1)), routing.dst2src_map)
+    return routing
+
+
+def quantize(rng):
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        for cols in (37, 48):
+            x = draw(rng, (11, cols), dtype)
+            compare(f"{x.dtype} {cols} tensor", "quantize_fp8", x)
+            compare(f"{x.dtype} {cols} token", "quantize_fp8", x, per_token=True)
+            compare(f"{x.dtype} {cols} static", "quantize_fp8", x, np.float32(0.01))
+    compare("wide token", "quantize_fp8", draw(rng, (2, 9001)), per_token=True)
+
+
+def activate(rng, routing):
+    rows = len(routing.row_experts)
+    for activation, gated in (("silu", 2), ("gelu", 2), ("gelu_tanh", 2), ("swigluoai", 2), ("relu2_no_mul", 1)):
+        for cols in (19, 32):
+            x = draw(rng, (rows, gated * cols), np.float16)
+            options = {
+                "w_scale": rng.uniform(0.5, 1, (EXPERTS, gated * cols)).astype(np.float32),
+                "bias": draw(rng, (EXPERTS, gated * cols)), "row_experts": routing.row_experts, "limit": 2e-2,
+            }  # fmt: skip
+            compare(f"{activation} {cols} tensor", "activation_quantize", x, activation, **options)
+            compare(f"{activation} {cols} static", "activation_quantize", x, activation, scale=0.01, **options)
+            options["row_experts"] = np.maximum(routing.row_experts, 0)  # the scales of rows without an expert are free
+            compare(f"{activation} {cols} token", "activation_quantize", x, activation, per_token=True, **options)
+
+
+def combine_and_choose(rng, routing):
+    rows = len(routing.row_experts)
+    for cols in (21, 40):
+        options = {
+            "w_scale": rng.uniform(0.5, 1, (EXPERTS, cols)).astype(np.float32), "bias": draw(rng, (EXPERTS, cols)),
+            "row_experts": routing.row_experts, "topk_weights": rng.uniform(0, 1, (7, TOPK)).astype(np.float32),
+            "out_dtype": "bfloat16", "limit": 3e-3,
+        }  # fmt: skip
+        compare(f"{cols}", "combine", draw(rng, (rows, cols), np.float16), routing.src2dst_map, **options)
+    for experts in (5, 70):
+        compare(f"{experts}", "topk_softmax", draw(rng, (9, experts)), 3, renormalize=True, limit=1e-5)
+
+
+def gemm_and_layers(rng, routing):
+    rows = len(routing.row_experts)
+    for n, k in ((16, 32), (23, 37)):
+        a, b = codes(rng, (rows, k)), codes(rng, (EXPERTS, n, k))
+        compare(f"{n} {k}", "grouped_gemm_fp8", a, b, routing.expert_offsets, out_dtype="float32", limit=3e-3)
+    for hidden, inner in ((48, 32), (50, 35)):
+        layer = {
+            "w1": codes(rng, (EXPERTS, 2 * inner, hidden)), "w2": codes(rng, (EXPERTS, hidden, inner)),
+            "w1_scale": rng.uniform(1e-3, 2e-3, (EXPERTS, 2)).astype(np.float32),
+            "w2_scale": rng.uniform(1e-3, 2e-3, (EXPERTS, hidden)).astype(np.float32),
+            "w1_bias": draw(rng, (EXPERTS, 2 * inner)),
+        }  # fmt: skip
+        modes = {
+            "tensor": {}, "token": {"per_act_token": True}, "static": {"a1_scale": 0.01, "a2_scale": 0.02},
+            "weight on input": {"apply_router_weight_on_input": True},
+            "weight on input, per token": {"apply_router_weight_on_input": True, "per_act_token": True},
+        }  # fmt: skip
+        for mode, options in modes.items():
+            run_layer(rng, f"layer {hidden} {inner} {mode}", {**layer, **options})
+
+
+def run_layer(rng, label, layer):
+    experts = cupy_moe.Experts(**{name: device(x) for name, x in layer.items()})
+    hidden_size = layer["w2"].shape[1]
+    for tokens in (40, 1500):
+        hidden, ids = draw(rng, (tokens, hidden_size)), rng.integers(-1, EXPERTS + 1, (tokens, TOPK))
+        weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+        got = experts(*map(device, (hidden, weights, ids)))
+        want = reference.fused_experts(hidden, topk_weights=weights, topk_ids=ids, **layer)
+        check(f"{label} {tokens}", got, want, 3e-2)
+    if not layer.get("apply_router_weight_on_input"):
+        hidden, counts = draw(rng, (EXPERTS, 17, hidden_size)), np.array([17, 0, 3, 1, 9], np.int32)
+        out = cupy.zeros(hidden.shape, np.float32)
+        experts.batched(device(hidden), device(counts), out)
+        check(f"{label} batched", out, reference.batched(hidden, counts, **layer), 3e-2)
+
+
+def main():
+    cupy.cuda.set_allocator(None)
+    rng = np.random.default_rng(0)
+    routing = route_and_shuffle(rng)
+    quantize(rng)
+    activate(rng, routing)
+    combine_and_choose(rng, routing)
+    if "--no-gemm" not in sys.argv[1:]:
+        gemm_and_layers(rng, routing)
+    cupy.cuda.Device().synchronize()
+    worst = max(error for _, error in CHECKS)
+    print(f"{len(CHECKS)} results are right; largest relative error {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()

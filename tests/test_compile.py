@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel, in the variants that `cupy_moe.launches` asks for, through NVRTC for every architecture."""
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from io import StringIO
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+import kernels_cu
+from cupy_moe import compiler, driver, launches
+from cupy_moe.activations import ACTIVATIONS
+from cupy_moe.launches import Bias, Maps, Matrix, RowScale, Tables, WeightScale
+
+FLOATS = ("float16", "bfloat16", "float32")
+ALIGNED = tuple(itertools.product((True, False), repeat=2))
+ADDRESS = 1 << 20
+MAPS = Maps(*range(ADDRESS, ADDRESS + 5))
+# From one vector per thread up to the most, with few rows and with many.
+ROWS_TO_SCAN = ((1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 65536))
+
+
+class Recorded(NamedTuple):
+    """What one launch asks for."""
+
+    file: str
+    name: str
+    constants: tuple[tuple[str, Any], ...]
+    threads: int
+    arguments: dict[str, Any]
+
+
+class FakeKernel:
+    """A kernel that was never compiled; its parameters are those in the source."""
+
+    def __init__(self, file, name, device, **constants):
+        self.file, self.name, self.constants = file, name, tuple(constants.items())
+        self.parameters = compiler.signature(file, name)
+
+    def allow_shared_bytes(self, nbytes):
+        assert nbytes <= 96 * 1024, "more than a block can have on some architecture"
+
+
+def record(calls):
+    """Run the functions, which prepare launches, and return what they ask for."""
+    made = []
+
+    def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
+        kernel.allow_shared_bytes(shared_bytes)
+        made.append(Recorded(kernel.file, kernel.name, kernel.constants, block, arguments))
+        return mock.Mock()
+
+    with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch):
+        for call in calls:
+            call()
+    return made
+
+
+def enum(name):
+    """The values of an enum of ``common.cuh``."""
+    return tuple(re.search(rf"enum {name} {{ (.*?) }};", kernels_cu.source("common.cuh"))[1].split(", "))
+
+
+def matrix(dtype, cols, aligned):
+    return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
+
+
+def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False):
+    scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
+    x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
+    return lambda: launches.quantize(
+        0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
+        weighted=weighted, scale=scale,
+    )  # fmt: skip
+
+
+def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024):
+    x, out = matrix(dtype, 2 * cols, aligned[0]), matrix("uint8", cols, aligned[1])
+    w_scale = WeightScale(ADDRESS, 2 * cols, cols, per_channel=per_channel)
+    return lambda: launches.activation_quantize(
+        0, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
+        bias=Bias(ADDRESS, bias), row_experts=ADDRESS, scale=RowScale(value=0.5),
+    )  # fmt: skip
+
+
+def combine(dtype, out_dtype, topk, aligned, bias, per_channel):
+    x, out = matrix(dtype, 4096, aligned[0]), matrix(out_dtype, 4096, aligned[1])
+    w_scale = WeightScale(ADDRESS, 4096, per_channel=per_channel)
+    return lambda: launches.combine(
+        0, x, 9, 9, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale, bias=Bias(ADDRESS, bias),
+        src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
+    )  # fmt: skip
+
+
+def calls():
+    """Calls of every function of `launches`: each value of each constant, in changing company."""
+    biases = ("None", *FLOATS)
+    made = [
+        quantize(dtype, mode, ALIGNED[i % 4], weighted=bool(i % 2))
+        for i, (mode, dtype) in enumerate(itertools.product(enum("Mode"), FLOATS))
+    ]
+    made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
+    made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
+    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
+    made += [
+        activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
+        for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
+    ]
+    made += [
+        activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c)
+        for i, (r, c) in enumerate(ROWS_TO_SCAN)
+    ]
+    made += [
+        combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2))
+        for i, (x, y) in enumerate(itertools.product(FLOATS, FLOATS))
+    ]
+    made += [lambda n=n: launches.shuffle_rows(0, ADDRESS, 48 * n, 9, ADDRESS, 18, 32 * n + n, ADDRESS)
+             for n in (1, 2, 4, 8, 16)]  # fmt: skip
+    made += [lambda d=d, e=e: launches.topk_softmax(0, matrix(d, e, True), 9, e, 2, True, ADDRESS, ADDRESS)
+             for d, e in zip((*FLOATS, "float16"), (8, 64, 160, 1024), strict=True)]  # fmt: skip
+    for ids, tokens in itertools.product(("int32", "int64"), (9, 40000)):
+        made.append(lambda i=ids, t=tokens: launches.route(0, ADDRESS, i, t, 2, 64, MAPS, tables=Tables()))
+        made.append(lambda i=ids, t=tokens: launches.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))
+    return made
+
+
+RECORDED = record(calls())
+VARIANTS: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[str, int]] = {}
+"""(file, constants) to the most threads of each kernel in it."""
+for _launch in RECORDED:
+    _threads = VARIANTS.setdefault((_launch.file, _launch.constants), {})
+    _threads[_launch.name] = max(_threads.get(_launch.name, 0), _launch.threads)
+
+
+TYPES = {"Half", "Bfloat16", "float"}
+VALUES = {
+    "quantize.cu": {
+        "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "IN_ALIGNED": {True, False},
+        "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False},
+    },
+    "activation.cu": {
+        "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")), "VECS": {1, 2, 4, 8},
+        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
+    },
+    "combine.cu": {
+        "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
+        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
+    },
+    "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
+    "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
+    "route.cu": {"Id": {"int", "long long"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", VALUES)
+def test_the_variants_have_every_value_of_every_constant(file):
+    seen: dict[str, set[Any]] = {}
+    for other, constants in VARIANTS:
+        for name, value in constants:
+            if other == file:
+                seen.setdefault(name, set()).add(value)
+    assert seen.keys() == VALUES[file].keys()
+    missing = {name: values - seen[name] for name, values in VALUES[file].items() if values - seen[name]}
+    assert not missing
+
+
+def test_every_kernel_is_launched():
+    declared = {
+        (file, name)
+        for file in kernels_cu.names()
+        for name in re.findall(r'__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(', kernels_cu.source(file))
+    }
+    assert declared == {(launch.file, launch.name) for launch in RECORDED}
+    assert {act.upper() for act in ACTIVATIONS} == set(enum("Act"))
+
+
+@pytest.mark.parametrize("name", sorted({(launch.file, launch.name) for launch in RECORDED}), ids=" ".join)
+def test_arguments_are_the_kernels_parameters(name):
+    parameters = compiler.signature(*name)
+    for launch in RECORDED:
+        if (launch.file, launch.name) == name:
+            assert launch.arguments.keys() == parameters.keys()
+            for argument, kind in parameters.items():
+                value = launch.arguments[argument]
+                if isinstance(value, dict):
+                    assert value.keys() == {field for field, *_ in kind._fields_}
+                else:
+                    assert kind(value).value == (value or None if kind is ctypes.c_void_p else value), argument
+
+
+@pytest.mark.parametrize("rows", [1, 5000])
+def test_blocks_of_whole_rows(rows):
+    """They have every column, in at most as many threads as a block can have."""
+    for cols in range(1, 70000, 7):
+        stretches, threads, per_thread = launches._grid(rows, cols, whole_rows=True)
+        assert stretches == 1
+        assert threads % 32 == 0
+        assert threads * per_thread * launches.VECTOR >= cols
+        assert threads <= launches.MAX_ROW_THREADS, f"{cols} columns"
+
+
+def test_wrong_arguments_of_a_launch():
+    kernel = FakeKernel("shuffle.cu", "shuffle_rows", 0)
+    with pytest.raises(TypeError, match=r"^shuffle_rows takes .*'words'.*; missing or unknown: \['word'\]"):
+        driver.Launch(kernel, (1, 1), 32, **dict.fromkeys(kernel.parameters, 1), word=1)
+
+
+def test_unknown_kernel():
+    with pytest.raises(LookupError, match=r"^shuffle\.cu declares no kernel 'shuffle'"):
+        compiler.signature("shuffle.cu", "shuffle")
+
+
+def compile_for(arch, file, constants):
+    """Compile as CuPy does; return the log, with what ptxas has to tell."""
+    from cuda.core import Program, ProgramOptions
+
+    assert compiler.OPTIONS == ("--std=c++17",)
+    options = ProgramOptions(std="c++17", arch=arch, ftz=True, ptxas_options=["-v"])
+    log = StringIO()
+    Program(compiler.variant_source(file, dict(constants)), "c++", options).compile("cubin", logs=log)
+    return log.getvalue().replace("\0", "")
+
+
+PROPERTIES = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(.*?(?P<constants>\d+) bytes cmem\[0\])?",
+    re.S,
+)  # fmt: skip
+REGISTERS = 65536
+"""Of a block at most, on every architecture."""
+PARAMETERS_AT = 352
+"""Where sm_80's constant bank 0 has the parameters of the kernel."""
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    """Processes that compile: NVRTC takes one program at a time in each."""
+    pytest.importorskip("cuda.core", reason="NVRTC is called through cuda.core")
+    workers = min(os.cpu_count() or 1, len(compiler.ARCHITECTURES))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def size_of_parameters(file, name):
+    fields = list(compiler.signature(file, name).items())
+    mirror = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
+    last, kind = fields[-1]
+    return getattr(mirror, last).offset + ctypes.sizeof(kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "constants"), VARIANTS, ids=[f"{file} {' '.join(str(v) for _, v in c)}" for file, c in VARIANTS]
+)
+def test_variant(compilers, file, constants):
+    """No warning, no spills, small enough to be launched, and the parameters as wide as the launch has them."""
+    pending = [compilers.submit(compile_for, arch, file, constants) for arch in compiler.ARCHITECTURES]
+    logs = [future.result(timeout=300) for future in pending]
+    for arch, log in zip(compiler.ARCHITECTURES, logs, strict=True):
+        other = [line for line in log.splitlines() if not re.match(r"ptxas (info +:| +\.)|\s*$", line)]
+        assert not other, f"{arch}: {log}"
+        kernels = {found["name"]: found for found in PROPERTIES.finditer(log)}
+        for name, threads in VARIANTS[file, constants].items():
+            found = kernels[name]
+            # Elsewhere than on Hopper ptxas may give up a value for occupancy; rows wider than 16384 columns may spill.
+            allowed = 0 if arch == "sm_90a" else 8
+            if dict(constants).get("VECS", 1) <= 4:
+                assert max(int(found[kind]) for kind in ("stack", "stores", "loads")) <= allowed, f"{arch}: {log}"
+            per_thread = -(-int(found["registers"]) // 8) * 8
+            assert per_thread * threads <= REGISTERS, f"{arch}: {threads} threads cannot have {per_thread} registers"
+            if arch == "sm_80":
+                assert int(found["constants"]) - PARAMETERS_AT == size_of_parameters(file, name)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong arguments of `Experts`: the error names the argument, what is allowed and what came."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupy_moe import Experts, Workspace
+
+K, N, E = 32, 16, 4
+FP8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
+
+
+def layer_arguments(experts=E, rows=2 * N):
+    return {
+        "w1": np.zeros((experts, rows, K), FP8),
+        "w2": np.zeros((experts, K, N), FP8),
+        "w1_scale": np.ones(experts, np.float32),
+        "w2_scale": np.ones(experts, np.float32),
+    }
+
+
+def assert_rejected(kind, name, parts, function, *args, **options):
+    """Check the type of the error and that its message starts with the argument and contains every part."""
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        function(*args, **options)
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert message.startswith(f"{name}: expected "), message
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+def floats(*shape):
+    return np.ones(shape, np.float32)
+
+
+def test_right_arguments_are_accepted():
+    """What the tests below start from, and every shape of scale, is right."""
+    Experts(**layer_arguments())
+    right = layer_arguments() | {"w1_bias": np.ones((E, 2 * N), BF16), "w2_bias": np.ones((E, K), np.float16)}
+    for w1_shape in ((E,), (E, 1), (E, 1, 1), (E, 2), (E, 2 * N), (E, 2 * N, 1)):
+        Experts(**right | {"w1_scale": floats(*w1_shape)})
+    for w2_shape in ((E,), (E, 1), (E, 1, 1), (E, K), (E, K, 1)):
+        Experts(**right | {"w2_scale": floats(*w2_shape)})
+    for a_scale in (0.5, np.float32(0.5), np.float64(0.5), 1, floats(), floats(1), floats(E)):
+        Experts(**right, a1_scale=a_scale, a2_scale=a_scale)
+    Experts(**right, a1_scale=floats(7, 1), expert_map=np.zeros(9, np.int32), workspace=Workspace())
+    for out_dtype in ("float16", "bfloat16", np.float32, np.dtype(np.float16), BF16):
+        Experts(**right, out_dtype=out_dtype)
+
+
+FP8_NAMES = ("float8_e4m3fn", "uint8")
+FLOAT_NAMES = ("'float16'", "'bfloat16'", "'float32'")
+NOT_FLOAT32 = ("expected float32", "got float64")
+CONTIGUOUS = ("C-contiguous", "strides", "ascontiguousarray")
+
+# argument, value, exception, what the message contains
+WRONG = [
+    # weights: kind, dtype, rank, size, layout
+    ("w1", None, TypeError, ("NumPy, CuPy or torch array", "NoneType")),
+    ("w1", [[[0]]], TypeError, ("NumPy, CuPy or torch array", "list")),
+    ("w1", floats(E, 2 * N, K), TypeError, (*FP8_NAMES, "got float32")),
+    ("w1", np.zeros((E, 2 * N, K), ml_dtypes.float8_e5m2), TypeError, (*FP8_NAMES, "got float8_e5m2")),
+    ("w1", np.zeros((E, 2 * N, K), ml_dtypes.float8_e4m3fnuz), TypeError, (*FP8_NAMES, "got float8_e4m3fnuz")),
+    ("w1", np.zeros((E, 2 * N, K), np.int8), TypeError, (*FP8_NAMES, "got int8")),
+    ("w1", np.zeros((2 * N, K), FP8), ValueError, ("(E, 2N, K)", "got (32, 32)")),
+    ("w1", np.zeros((E, 2 * N, K, 1), FP8), ValueError, ("(E, 2N, K)", "got (4, 32, 32, 1)")),
+    ("w1", np.zeros((E, 2 * N + 1, K), FP8), ValueError, ("even", "'silu'", "got (4, 33, 32)")),
+    ("w1", np.zeros((0, 2 * N, K), FP8), ValueError, ("at least 1", "got (0, 32, 32)")),
+    ("w1", np.zeros((E, 0, K), FP8), ValueError, ("at least 1", "got (4, 0, 32)")),
+    ("w1", np.zeros((E, 2 * N, 0), FP8), ValueError, ("at least 1", "got (4, 32, 0)")),
+    ("w1", np.zeros((E, K, 2 * N), FP8).swapaxes(1, 2), ValueError, CONTIGUOUS),
+    ("w1", np.zeros((E, 2 * N, 2 * K), FP8)[:, :, ::2], ValueError, CONTIGUOUS),
+    ("w2", np.zeros((E, K, N + 1), FP8), ValueError, ("(4, 32, 16)", "got (4, 32, 17)")),
+    ("w2", np.zeros((E, N, K), FP8), ValueError, ("(4, 32, 16)", "got (4, 16, 32)")),
+    ("w2", np.zeros((E + 1, K, N), FP8), ValueError, ("(4, 32, 16)", "got (5, 32, 16)")),
+    ("w2", np.zeros((K, N), FP8), ValueError, ("(4, 32, 16)", "got (32, 16)")),
+    ("w2", np.zeros((E, K, N), np.float16), TypeError, (*FP8_NAMES, "got float16")),
+    ("w2", np.zeros((E, N, K), FP8).swapaxes(1, 2), ValueError, CONTIGUOUS),
+    ("w2", "w2", TypeError, ("numpy array", "got str")),
+    # scales of weights
+    ("w1_scale", None, ValueError, ("float32", "(E,)", "(E, 32)", "got None")),
+    ("w2_scale", None, ValueError, ("float32", "(E,)", "(E, 32)", "got None")),
+    ("w1_scale", 1.0, TypeError, ("numpy array", "got float")),
+    ("w1_scale", np.ones(E), TypeError, NOT_FLOAT32),
+    ("w2_scale", np.ones(E, np.float16), TypeError, ("expected float32", "got float16")),
+    ("w1_scale", floats(), ValueError, ("(4,)", "got ()")),
+    ("w1_scale", floats(1), ValueError, ("(4,)", "got (1,)")),
+    ("w1_scale", floats(E + 1), ValueError, ("(4,)", "(4, 2)", "(4, 32)", "got (5,)")),
+    ("w1_scale", floats(2 * N), ValueError, ("(4, 32)", "got (32,)")),
+    ("w1_scale", floats(2 * N, E), ValueError, ("(4, 32)", "got (32, 4)")),
+    ("w1_scale", floats(2 * N, E).T, ValueError, CONTIGUOUS),
+    ("w1_scale", floats(E, N), ValueError, ("(4, 2)", "(4, 32)", "got (4, 16)")),
+    ("w1_scale", floats(E, 1, 2 * N), ValueError, ("(4, 32, 1)", "got (4, 1, 32)")),
+    ("w2_scale", floats(E, 2), ValueError, ("(4, 1)", "(4, 32)", "got (4, 2)")),
+    ("w2_scale", floats(K, E), ValueError, ("(4, 32)", "got (32, 4)")),
+    ("w2_scale", floats(E, N), ValueError, ("(4, 32)", "got (4, 16)")),
+    ("w2_scale", floats(2 * E)[::2], ValueError, CONTIGUOUS),
+    # scales of activations
+    ("a1_scale", 0.0, ValueError, ("positive finite", "got 0.0")),
+    ("a1_scale", -0.5, ValueError, ("positive finite", "got -0.5")),
+    ("a2_scale", float("nan"), ValueError, ("positive finite", "got nan")),
+    ("a2_scale", np.float32("inf"), ValueError, ("positive finite", "inf")),
+    ("a2_scale", -1, ValueError, ("positive finite", "got -1")),
+    ("a1_scale", True, TypeError, ("number or an array", "got True")),
+    ("a1_scale", "0.5", TypeError, ("number or an array", "got '0.5'")),
+    ("a2_scale", [0.5], TypeError, ("number or an array", "got [0.5]")),
+    ("a1_scale", np.ones(1), TypeError, NOT_FLOAT32),
+    ("a1_scale", floats(E + 1), ValueError, ("(1,)", "(4,)", "(M, 1)", "got (5,)")),
+    ("a1_scale", floats(1, 7), ValueError, ("(M, 1)", "got (1, 7)")),
+    ("a2_scale", floats(7, 1), ValueError, ("(1,)", "(4,)", "got (7, 1)")),
+    ("a2_scale", floats(2 * E)[::2], ValueError, CONTIGUOUS),
+    # biases and map
+    ("w1_bias", floats(2 * N), ValueError, ("(4, 32)", "got (32,)")),
+    ("w1_bias", floats(E, N), ValueError, ("(4, 32)", "got (4, 16)")),
+    ("w1_bias", floats(2 * N, E).T, ValueError, CONTIGUOUS),
+    ("w1_bias", 0.0, TypeError, ("numpy array", "got float")),
+    ("w2_bias", floats(E, N), ValueError, ("(4, 32)", "got (4, 16)")),
+    ("w2_bias", np.ones((E, K)), TypeError, ("float16 or bfloat16 or float32", "got float64")),
+    ("expert_map", np.zeros(8, np.int64), TypeError, ("int32", "got int64")),
+    ("expert_map", np.zeros((2, 4), np.int32), ValueError, ("(global_num_experts,)", "got (2, 4)")),
+    ("expert_map", np.zeros(0, np.int32), ValueError, ("at least one", "(0,)")),
+    ("expert_map", np.zeros(8, np.int32)[::2], ValueError, CONTIGUOUS),
+    ("expert_map", {0: 1}, TypeError, ("numpy array", "got dict")),
+    # options
+    ("activation", "SILU", ValueError, ("'silu'", "'swigluoai'", "'relu2_no_mul'", "got 'SILU'")),
+    ("activation", None, ValueError, ("'silu'", "got None")),
+    ("out_dtype", "float64", ValueError, (*FLOAT_NAMES, "got 'float64'")),
+    ("out_dtype", "fp16", ValueError, (*FLOAT_NAMES, "got 'fp16'")),
+    ("out_dtype", FP8, ValueError, (*FLOAT_NAMES, "float8_e4m3fn")),
+    ("out_dtype", int, ValueError, (*FLOAT_NAMES, "int")),
+    ("out_dtype", 3, ValueError, (*FLOAT_NAMES, "got 3")),
+    ("backend", "cutlass", ValueError, ("'cublaslt'", "'reference'", "got 'cutlass'")),
+    ("per_act_token", 1, TypeError, ("True or False", "got 1")),
+    ("per_act_token", None, TypeError, ("True or False", "got None")),
+    ("apply_router_weight_on_input", "no", TypeError, ("True or False", "got 'no'")),
+    ("validate", 0, TypeError, ("True or False", "got 0")),
+    ("workspace", 1 << 20, TypeError, ("cupy_moe.Workspace", "got int")),
+    ("workspace", Workspace, TypeError, ("cupy_moe.Workspace", "got type")),
+]  # fmt: skip
+
+
+def _name(value):
+    shape = getattr(value, "shape", None)
+    return f"{value.dtype}{list(shape)}" if isinstance(shape, tuple) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "parts"), WRONG, ids=[f"{name} {_name(value)}" for name, value, *_ in WRONG]
+)
+def test_wrong_argument(name, value, kind, parts):
+    assert_rejected(kind, name, parts, Experts, **layer_arguments() | {name: value})
+
+
+@pytest.mark.parametrize("name", ["w1", "w2", "w1_scale", "w2_scale"])
+def test_required_arguments(name):
+    arguments = layer_arguments()
+    del arguments[name]
+    with pytest.raises(TypeError, match=f"missing 1 required .*'{name}'"):
+        Experts(**arguments)
+
+
+def test_sizes_that_follow_from_the_activation():
+    gated, plain = layer_arguments(), layer_arguments(rows=N)
+    assert_rejected(ValueError, "w2", ("(4, 32, 32)", "got (4, 32, 16)"), Experts, **gated, activation="silu_no_mul")
+    assert_rejected(ValueError, "w2", ("(4, 32, 8)", "got (4, 32, 16)"), Experts, **plain)
+    plain["activation"] = "gelu_no_mul"
+    Experts(**plain)
+    for shape in ((E, 2), (E, 2 * N)):  # without gates there are no halves
+        came = f"got {shape}"
+        assert_rejected(ValueError, "w1_scale", ("(4, 16)", came), Experts, **plain | {"w1_scale": floats(*shape)})
+    odd = layer_arguments(rows=N - 1) | {"w2": np.zeros((E, K, N - 1), FP8), "activation": "gelu_no_mul"}
+    Experts(**odd)
+
+
+@pytest.mark.parametrize(("name", "size"), [("w1_scale", 2 * N), ("w2_scale", K)])
+def test_one_expert_does_not_make_a_row_of_scales_per_channel(name, size):
+    one = layer_arguments(experts=1)
+    Experts(**one | {name: floats(1, size)})
+    came = f"got ({size},)"
+    assert_rejected(ValueError, name, (f"(1, {size})", came), Experts, **one | {name: floats(size)})
+
+
+def test_one_expert_does_not_make_activation_scales_per_token():
+    one = layer_arguments(experts=1)
+    assert_rejected(ValueError, "a2_scale", ("(1,)", "got (7,)"), Experts, **one, a2_scale=floats(7))
+
+
+def test_backend_that_the_arrays_cannot_run_on():
+    with pytest.raises(RuntimeError, match=r"^backend: expected 'reference' or None with .* CPU; got 'cublaslt'"):
+        Experts(**layer_arguments(), backend="cublaslt")
+
+
+@pytest.mark.parametrize("name", ["w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias",
+                                  "expert_map"])  # fmt: skip
+@pytest.mark.parametrize("first", ["numpy", "torch"])
+def test_mixed_kinds(first, name):
+    torch = pytest.importorskip("torch")
+    arguments = layer_arguments() | {
+        "a1_scale": floats(1), "a2_scale": floats(1), "w1_bias": floats(E, 2 * N), "w2_bias": floats(E, K),
+        "expert_map": np.zeros(8, np.int32),
+    }  # fmt: skip
+    as_bits = {key: x.view(np.uint8) if x.dtype == FP8 else x for key, x in arguments.items()}
+    as_torch = {key: torch.from_numpy(x) for key, x in as_bits.items()}
+    Experts(**as_torch)
+    ours, other = (as_bits, as_torch) if first == "numpy" else (as_torch, as_bits)
+    second = "torch" if first == "numpy" else "numpy"
+    parts = (f"a {first} array like the other arguments", f"got a {second} array")
+    assert_rejected(TypeError, name, parts, Experts, **ours | {name: other[name]})
+
+
+@pytest.mark.parametrize("name", ["w1", "w2_scale"])
+def test_tensors_without_memory(name):
+    torch = pytest.importorskip("torch")
+    arguments = {key: torch.from_numpy(x.view(np.uint8) if x.dtype == FP8 else x)
+                 for key, x in layer_arguments().items()}  # fmt: skip
+    on_meta = arguments[name].to("meta")
+    assert_rejected(TypeError, name, ("in memory", "'cpu' or 'cuda'", "'meta'"), Experts, **arguments | {name: on_meta})
+    sparse = arguments[name].to_sparse()
+    assert_rejected(TypeError, name, ("dense",), Experts, **arguments | {name: sparse})
