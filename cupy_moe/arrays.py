@@ -7,6 +7,7 @@ Nothing here imports CuPy or torch: an array of theirs can only arrive after its
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -238,11 +239,18 @@ def dtype_name(dtype: Any) -> str:
         raise TypeError(f"out_dtype: expected a dtype or its name; got {dtype!r}") from None
 
 
+_thread = threading.local()
+
+
 def on_device(device: int) -> Any:
-    """A context in which ``device`` is the current CUDA device; free of cost where it is already."""
+    """A context in which ``device`` is the current CUDA device; next to free of cost where it is already."""
     import cupy
 
-    return nullcontext() if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device)
+    runtime = cupy.cuda.runtime
+    if not hasattr(_thread, "has_context"):  # a new thread has a current device, but no context of it yet
+        runtime.setDevice(runtime.getDevice())
+        _thread.has_context = True
+    return nullcontext() if runtime.getDevice() == device else cupy.cuda.Device(device)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_moe.workspace import dedicated
+
 ENVIRONMENT = "CUPY_MOE_CUBLASLT"
 GET_IT = (
     "pip install --target DIR --no-deps 'nvidia-cublas>=13.5' and set "
@@ -32,6 +34,7 @@ WORKSPACE_BYTES = 32 << 20
 _MINIMUM = {(9, 0): (13, 5), (10, 0): (13, 3), (10, 3): (13, 3), (11, 0): (13, 3)}
 _REFUSED = {((10, 3), (13, 7)): "cuBLAS 13.7 has reported silent corruption on compute capability 10.3"}
 _R_32F, _R_16F, _R_8F_E4M3, _COMPUTE_32F = 0, 2, 28, 68
+_RESULTS = {"float16": _R_16F, "float32": _R_32F}
 _DESC_TRANSA, _DESC_FAST_ACCUM = 3, 25
 _CODE_MAX, _HALF_MAX = 448.0, 65504.0
 _CONFIG_TILE, _CONFIG_CUSTOM_OPTION = 1, 5
@@ -140,15 +143,15 @@ class Context:
 
 
 class GroupedMatmul:
-    """``D[g] * unit = A[g] @ W[g].T`` for ``groups`` groups, e4m3 in, float16 out.
+    """``D[g] * unit = A[g] @ W[g].T`` for ``groups`` groups, e4m3 in, float16 or float32 out.
 
     Group ``g`` has ``counts[g]`` rows (an int32 array in device memory, read when the matmul runs); ``A[g]`` is
     ``(counts[g], k)``, ``W[g]`` ``(n, k)`` and ``D[g]`` ``(counts[g], n)``, all row-major and contiguous. cuBLAS sees
     column-major matrices, so the weights are its A (transposed), the activations its B.
 
     ``unit`` is the power of two that keeps the largest possible sum of ``k`` products of codes below float16's limit.
-    The smallest codes then still give normal numbers, and float16's 11 bits flip far fewer codes in the quantisation
-    that follows than bfloat16's 8 bits would.
+    Sums of codes that use their range are then normal numbers of float16, whose 11 bits flip far fewer codes in the
+    quantisation that follows than bfloat16's 8 bits would.
 
     Parameters
     ----------
@@ -158,15 +161,16 @@ class GroupedMatmul:
         Sizes; ``n`` and ``k`` multiples of 16.
     counts
         Address of the group sizes.
+    result
+        "float16" or "float32".
     """
 
-    def __init__(self, context: Context, groups: int, n: int, k: int, counts: int) -> None:
-        import cupy
-
+    def __init__(self, context: Context, groups: int, n: int, k: int, counts: int, result: str = "float16") -> None:
         self.context = context
         self.groups, self.n, self.k = groups, n, k
         self.unit = 2.0 ** math.ceil(math.log2(k * _CODE_MAX**2 / _HALF_MAX))
-        self._sizes = cupy.asarray(np.array([[k] * groups, [n] * groups], np.int32))
+        self._sizes = dedicated((2, groups), np.int32)
+        self._sizes.set(np.array([[k] * groups, [n] * groups], np.int32))
         all_k, all_n = (row.data.ptr for row in self._sizes)
         self.description = ctypes.c_void_p()
         context.call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _R_32F)
@@ -176,7 +180,7 @@ class GroupedMatmul:
         self._set(_DESC_FAST_ACCUM, ctypes.c_int8(0))
         self.weights = self._layout(_R_8F_E4M3, all_k, all_n, all_k)
         self.rows = self._layout(_R_8F_E4M3, all_k, counts, all_k)
-        self.result = self._layout(_R_16F, all_n, counts, all_n)
+        self.result = self._layout(_RESULTS[result], all_n, counts, all_n)
 
     def _set(self, attribute: int, value: Any) -> None:
         self.context.call(

@@ -125,13 +125,13 @@ class Experts:
         """
         call = spec.describe_call(self._spec, hidden_states, topk_ids, topk_weights, out, a1_scale, padded=False)
         if self._backend == "reference" or self._spec.validate:
-            spec.check_call(self._spec, call, scale_given=a1_scale is not None)
+            spec.check_call(self._spec, call)
         if self._spec.validate:
             validation.check_tokens(self._spec, hidden_states, topk_ids)
         if self._backend == "reference":
             routing = {"topk_weights": topk_weights, "topk_ids": topk_ids}
             return self._run_reference(reference.fused_experts, hidden_states, routing, call, out)
-        return self._run(call, out, scale_given=a1_scale is not None)
+        return self._run(call, out)
 
     def batched(self, hidden_states: Any, expert_num_tokens: Any, out: Any = None, *, a1_scale: Any = None) -> Any:
         """Run the layer on tokens that a dispatcher (PPLX, DeepEP) has already sorted into a padded batch.
@@ -143,7 +143,8 @@ class Experts:
         expert_num_tokens
             (E,) int32 or int64: tokens of each expert.
         out
-            (E, max_tokens, K) or None. Rows behind an expert's last token are not written.
+            (E, max_tokens, K) or None. Rows behind an expert's last token are left as they are (the reference writes
+            zeros).
         a1_scale
             Scale of fp8 hidden states: one, or (E, max_tokens, 1); None is that of the layer.
 
@@ -152,20 +153,23 @@ class Experts:
         array (E, max_tokens, K) of the kind of ``hidden_states``, not weighted
         """
         call = spec.describe_call(self._spec, hidden_states, expert_num_tokens, None, out, a1_scale, padded=True)
+        if self._backend == "reference" or self._spec.validate:
+            spec.check_call(self._spec, call)
+        if self._spec.validate:
+            validation.check_padded(self._spec, hidden_states, expert_num_tokens)
         if self._backend == "reference":
-            spec.check_call(self._spec, call, scale_given=a1_scale is not None)
             counts = {"expert_num_tokens": expert_num_tokens}
             return self._run_reference(reference.batched, hidden_states, counts, call, out)
-        return self._run(call, out, scale_given=a1_scale is not None)
+        return self._run(call, out)
 
-    def _run(self, call: Call, out: Any, *, scale_given: bool) -> Any:
+    def _run(self, call: Call, out: Any) -> Any:
         """Enqueue a call on the GPU: look up its launches, set the addresses that change, launch."""
         library, device = self._spec.library, self._spec.device
         with self._workspace.lock, arrays.on_device(device):
             signature = call.signature()
             plan = self._plans.get(signature)
             if plan is None or plan.generation != self._workspace.generation:
-                plan = self._prepare(signature, call, scale_given)
+                plan = self._prepare(signature, call)
             if out is None:
                 out = library.empty(call.hidden.shape, plan.shape.out.dtype, device)
             if plan.shape.tokens:
@@ -180,9 +184,9 @@ class Experts:
                 plan(stream, at, capturing=capturing)
         return out
 
-    def _prepare(self, signature: Hashable, call: Call, scale_given: bool) -> Plan:
+    def _prepare(self, signature: Hashable, call: Call) -> Plan:
         """Check a call of a new signature and make its plan."""
-        spec.check_call(self._spec, call, scale_given=scale_given)
+        spec.check_call(self._spec, call)
         hidden, ids, scale = call.hidden, call.ids, call.a1_scale
         tokens, topk = (hidden.shape[0] * hidden.shape[1], 1) if call.padded else ids.shape
         # A new array is aligned well enough for anything.
@@ -192,7 +196,8 @@ class Experts:
             _matrix(call.out) if call.out else new, ids.dtype,
             int(isinstance(scale, Operand) and len(scale.info.shape) > 1),
         )
-        plan = Plan(self._layer, shape, self._workspace)
+        with arrays.numeric_scope(self._spec.library, self._spec.device):
+            plan = Plan(self._layer, shape, self._workspace)
         self._plans[signature] = plan
         if len(self._plans) > PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
@@ -253,7 +258,8 @@ def fused_experts(
 
 
 _layers_lock = threading.Lock()
-_layers: OrderedDict[Hashable, Experts] = OrderedDict()
+_Key = tuple[tuple[int, int], str | None, LayerSpec]  # (device, stream), backend, addresses and options
+_layers: OrderedDict[_Key, Experts] = OrderedDict()
 _workspaces: dict[tuple[int, int], Workspace] = {}
 
 
@@ -264,6 +270,9 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
     place = checked.device, checked.library.stream(checked.device)
     key = (place, backend, checked.without_arrays())
     with _layers_lock:
+        if key not in _layers and driver.is_capturing(place[1]):
+            # Captures run on streams of their own: what the calls before the capture made is what this graph takes.
+            key = next((other for other in _layers if other[1:] == key[1:] and other[0][0] == place[0]), key)
         experts = _layers.get(key)
         if experts is not None:
             _layers.move_to_end(key)
@@ -286,4 +295,4 @@ def _matrix(x: Array) -> Matrix:
 
 def _is_fp8(x: Any) -> bool:
     library = arrays.library_of(x)
-    return library is not None and library.describe(x).dtype in checks.FP8
+    return library is not None and checks.info("hidden_states", x, library).dtype in checks.FP8

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import driver
 from cupy_moe.cublaslt import ALIGNMENT, Algorithm, Context, GroupedMatmul
+from cupy_moe.workspace import dedicated
 
 Prepared = Callable[[int], None]
 """A prepared matmul: called with the stream."""
@@ -37,7 +38,7 @@ PREFERRED = (
 
 
 class GroupedGemm:
-    """``(counts[e], k) x (n, k).T -> (counts[e], n)`` for each expert, e4m3 in, float16 in units of ``unit`` out.
+    """``(counts[e], k) x (n, k).T -> (counts[e], n)`` for each expert: e4m3 to float16 or float32 in units of ``unit``.
 
     Parameters
     ----------
@@ -52,42 +53,46 @@ class GroupedGemm:
     """
 
     def __init__(self, context: Context, weights: int, experts: int, n: int, k: int, counts: int) -> None:
-        import cupy
-
-        self.matmul = GroupedMatmul(context, experts, n, k, counts)
-        self.unit = self.matmul.unit
-        self.weight_pointers = cupy.asarray(weights + np.arange(experts, dtype=np.int64) * (n * k))
-        self._algorithms: dict[Preference, list[Algorithm]] = {}
+        self._matmuls = {
+            result: GroupedMatmul(context, experts, n, k, counts, result) for result in ("float16", "float32")
+        }
+        self.unit = self._matmuls["float16"].unit  # the same for both
+        self.weight_pointers = dedicated((experts,), np.int64)
+        self.weight_pointers.set(weights + np.arange(experts, dtype=np.int64) * (n * k))
+        self._algorithms: dict[tuple[Preference, str], list[Algorithm]] = {}
         # One workspace per GEMM: two in one CUDA graph that share one have been seen to fault on replay (<= 13.7).
         self._workspaces: list[Any] = []
 
-    def algorithms(self, rows: int) -> list[Algorithm]:
+    def algorithms(self, rows: int, result: str = "float16") -> list[Algorithm]:
         """The heuristic's proposals for ``rows`` rows in all, the one of `PREFERRED` first if it is among them."""
         average = rows / len(self.weight_pointers)
         preferred = next(entry for entry in PREFERRED if average < entry.below)
-        if preferred not in self._algorithms:
-            found = self.matmul.algorithms(preferred.average)
+        key = preferred, result
+        if key not in self._algorithms:
+            matmul = self._matmuls[result]
             wanted = (preferred.tile, preferred.option)
-            self._algorithms[preferred] = sorted(found, key=lambda one: self.matmul.configuration(one) != wanted)
-        return self._algorithms[preferred]
+            found = matmul.algorithms(preferred.average)
+            self._algorithms[key] = sorted(found, key=lambda one: matmul.configuration(one) != wanted)
+        return self._algorithms[key]
 
-    def prepare(self, rows: int, row_pointers: int, result_pointers: int, choice: int = 0) -> Prepared:
+    def prepare(
+        self, rows: int, row_pointers: int, result_pointers: int, result: str = "float16", choice: int = 0
+    ) -> Prepared:
         """The launch for ``rows`` rows in all, with number ``choice`` of `algorithms`.
 
         ``row_pointers`` and ``result_pointers`` are addresses of tables with the address of each expert's rows.
         """
-        algorithm = self.algorithms(rows)[choice]
-        workspace = self._workspace(algorithm.workspace_bytes)
-        return self.matmul.launch(algorithm, self.weight_pointers.data.ptr, row_pointers, result_pointers, workspace)
+        algorithm = self.algorithms(rows, result)[choice]
+        return self._matmuls[result].launch(
+            algorithm, self.weight_pointers.data.ptr, row_pointers, result_pointers,
+            self._workspace(algorithm.workspace_bytes),
+        )
 
     def _workspace(self, nbytes: int) -> int:
-        import cupy
-
-        if nbytes and (not self._workspaces or self._workspaces[-1].size < nbytes):
+        if nbytes and (not self._workspaces or self._workspaces[-1].nbytes < nbytes):
             # Outgrown ones stay: a CUDA graph may use them, and there are few sizes.
-            with driver.allocation_allowed():
-                self._workspaces.append(cupy.cuda.Memory(nbytes))
-        return int(self._workspaces[-1].ptr) if nbytes else 0
+            self._workspaces.append(dedicated((nbytes,), np.uint8))
+        return int(self._workspaces[-1].data.ptr) if nbytes else 0
 
 
 def multiply(context: Context, a: Any, weights: Any, expert_offsets: Any, choice: int = 0) -> tuple[Any, float, Any]:
@@ -115,16 +120,24 @@ def multiply(context: Context, a: Any, weights: Any, expert_offsets: Any, choice
 
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
-    counts = cupy.diff(expert_offsets)
-    first = expert_offsets[:-1].astype(cupy.int64)
+    stream = int(cupy.cuda.get_current_stream().ptr)
+    gemm, counts, pointers = _gemm_of(context, stream, weights.data.ptr, experts, n, k)
     product = cupy.empty((len(a), n), cupy.float16)
-    row_pointers = a.data.ptr + first * k
-    result_pointers = product.data.ptr + first * (n * product.itemsize)
-    gemm = GroupedGemm(context, weights.data.ptr, experts, n, k, counts.data.ptr)
-    stream = cupy.cuda.get_current_stream()
-    gemm.prepare(len(a), row_pointers.data.ptr, result_pointers.data.ptr, choice)(stream.ptr)
+    first = expert_offsets[:-1]
+    cupy.subtract(expert_offsets[1:], first, out=counts)
+    for table, matrix in zip(pointers, (a, product), strict=True):
+        cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
+        table += matrix.data.ptr
+    gemm.prepare(len(a), pointers[0].data.ptr, pointers[1].data.ptr, choice=choice)(stream)
     owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
     return product, gemm.unit, cupy.where(owners < experts, owners, -1).astype(cupy.int32)
+
+
+@lru_cache(maxsize=64)
+def _gemm_of(context: Context, stream: int, weights: int, experts: int, n: int, k: int) -> tuple[GroupedGemm, Any, Any]:
+    """A GEMM with its tables, found again for the same addresses; one per stream, whose calls do not overlap."""
+    counts, pointers = dedicated((experts,), np.int32), dedicated((2, experts), np.int64)
+    return GroupedGemm(context, weights, experts, n, k, counts.data.ptr), counts, pointers
 
 
 def _padded(codes: Any, multiples: tuple[int, ...]) -> Any:

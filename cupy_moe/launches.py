@@ -38,11 +38,15 @@ class Matrix(NamedTuple):
     pitch: int
     dtype: str
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return _ITEMSIZE[self.dtype]
+
     def aligned(self, cols: int) -> bool:
         """Whether vectors of eight elements can be loaded whole, from every row and up to column ``cols``."""
-        itemsize = _ITEMSIZE[self.dtype]
-        alignment = 8 if itemsize == 1 else 16
-        return not (self.pointer % alignment or self.pitch * itemsize % alignment or cols % VECTOR)
+        alignment = 8 if self.itemsize == 1 else 16
+        return not (self.pointer % alignment or self.pitch * self.itemsize % alignment or cols % VECTOR)
 
 
 class RowScale(NamedTuple):

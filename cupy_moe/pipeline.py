@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupy_moe import launches, replay
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT, Context
@@ -18,8 +20,10 @@ from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
-from cupy_moe.workspace import Carver, Workspace
+from cupy_moe.workspace import Carver, Workspace, dedicated
 
+FINE_ELEMENTS = 1 << 20
+"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 CALLS_BEFORE_REPLAY = 2
 """Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
 
@@ -77,11 +81,11 @@ class Layer:
 
         # cuBLASLt's layouts hold these addresses: the tables live as long as the layer and never move.
         experts = spec.num_experts
-        self.expert_offsets = cupy.zeros(experts + 1, cupy.int32)
-        self.expert_counts = cupy.zeros(experts, cupy.int32)
-        self.pointers = cupy.zeros((4, experts), cupy.int64)
-        self.partials = cupy.zeros((2, launches.PARTIALS), cupy.float32)
-        self.tensor_scales = cupy.zeros(2, cupy.float32)
+        self.expert_offsets = dedicated((experts + 1,), np.int32)
+        self.expert_counts = dedicated((experts,), np.int32)
+        self.pointers = dedicated((4, experts), np.int64)
+        self.partials = dedicated((2, launches.PARTIALS), np.float32)
+        self.tensor_scales = dedicated((2,), np.float32)
         counts = self.expert_counts.data.ptr
         self.gemm1 = GroupedGemm(context, w1, experts, self.product, self.hidden, counts)
         self.gemm2 = GroupedGemm(context, w2, experts, self.hidden, self.intermediate, counts)
@@ -89,13 +93,11 @@ class Layer:
 
     def _weights(self, operand: Operand, halves: int, rows: int, cols: int) -> int:
         """Address of the weights (E, halves * r, c) as codes (E, halves * rows, cols), zeros in what is new."""
-        import cupy
-
         experts, old_rows, old_cols = operand.info.shape
         if (old_rows, old_cols) == (halves * rows, cols) and operand.info.pointer % ALIGNMENT == 0:
             return operand.info.pointer
-        codes = self.spec.library.to_numeric(operand.array).view(cupy.uint8)
-        padded = cupy.zeros((experts, halves, rows, cols), cupy.uint8)
+        codes = self.spec.library.to_numeric(operand.array).view(np.uint8)
+        padded = dedicated((experts, halves, rows, cols), np.uint8)
         padded[:, :, : old_rows // halves, :old_cols] = codes.reshape(experts, halves, -1, old_cols)
         self.copies.append(padded)
         return int(padded.data.ptr)
@@ -108,7 +110,9 @@ class Buffers:
         carver = Carver(base)
         rows = shape.rows
         self.x = Matrix(carver.take(rows * layer.hidden), layer.hidden, "uint8")
-        self.product = Matrix(carver.take(rows * layer.product * 2), layer.product, "float16")
+        # GEMM 1's product is quantised again, which turns its rounding into flipped codes: small ones stay float32.
+        dtype, itemsize = ("float32", 4) if rows * layer.product <= FINE_ELEMENTS else ("float16", 2)
+        self.product = Matrix(carver.take(rows * layer.product * itemsize), layer.product, dtype)
         self.a = Matrix(carver.take(rows * layer.intermediate), layer.intermediate, "uint8")
         self.y = Matrix(carver.take(rows * layer.hidden * 2), layer.hidden, "float16")
         self.x_scales = carver.take(rows * 4)
@@ -133,7 +137,7 @@ class Plan:
 
         route = self._route()
         quantize, x_scale = self._quantize()
-        gemm1 = layer.gemm1.prepare(shape.rows, tables[0], tables[1])
+        gemm1 = layer.gemm1.prepare(shape.rows, tables[0], tables[1], self.buffers.product.dtype)
         activate, a_scale = self._activate(x_scale)
         gemm2 = layer.gemm2.prepare(shape.rows, tables[2], tables[3])
         combine = self._combine(a_scale)
@@ -187,10 +191,10 @@ class Plan:
 
     def _route(self) -> list[Launch]:
         layer, shape, buffers = self.layer, self.shape, self.buffers
-        operands = ((buffers.x, 1), (buffers.product, 2), (buffers.a, 1), (buffers.y, 2))
-        x, product, a, y = (matrix.pointer for matrix, _ in operands)
+        operands = (buffers.x, buffers.product, buffers.a, buffers.y)
         tables = Tables(
-            layer.pointers.data.ptr, (x, product, a, y), tuple(matrix.pitch * size for matrix, size in operands)
+            layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
+            tuple(matrix.pitch * matrix.itemsize for matrix in operands),
         )
         experts = layer.spec.num_experts
         if shape.max_tokens:

@@ -188,8 +188,8 @@ def describe_call(
     )
 
 
-def check_call(spec: LayerSpec, call: Call, *, scale_given: bool) -> None:
-    """Check the arguments of a call against the layer; ``scale_given``: ``a1_scale`` came with the call."""
+def check_call(spec: LayerSpec, call: Call) -> None:
+    """Check the arguments of a call against the layer."""
     hidden = call.hidden
     dtypes = (*checks.FLOATS, *checks.FP8)
     if call.topk_weights is None:
@@ -205,13 +205,13 @@ def check_call(spec: LayerSpec, call: Call, *, scale_given: bool) -> None:
         checks.expect("topk_weights", call.topk_weights, ("float32",), call.ids.shape)
         if call.ids.shape[1] < 1:
             raise ValueError(f"topk_ids: expected at least one expert per token; got shape {call.ids.shape}")
-    _check_hidden_scale(spec, call, scale_given)
+    _check_hidden_scale(spec, call)
     if call.out is not None:
         allowed = (spec.out_dtype,) if spec.out_dtype else checks.FLOATS
         checks.expect("out", call.out, allowed, hidden.shape, rows_only=True)
 
 
-def _check_hidden_scale(spec: LayerSpec, call: Call, scale_given: bool) -> None:
+def _check_hidden_scale(spec: LayerSpec, call: Call) -> None:
     hidden, scale = call.hidden, call.a1_scale
     if hidden.dtype in checks.FP8:
         per_token = (*hidden.shape[:-1], 1)
@@ -222,7 +222,7 @@ def _check_hidden_scale(spec: LayerSpec, call: Call, scale_given: bool) -> None:
         if isinstance(scale, Operand):
             checks.expect("a1_scale", scale.info, ("float32",), (), (1,), per_token)
         return
-    if scale_given:
+    if call.scale_given:
         came = type(scale.array if isinstance(scale, Operand) else scale).__name__
         raise ValueError(
             f"a1_scale: expected None in a call with {hidden.dtype} hidden_states (it is the scale of fp8 ones); "

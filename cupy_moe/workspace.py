@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
+
+import numpy as np
 
 from cupy_moe import driver
 
@@ -49,13 +52,29 @@ class Workspace:
                 self._kept.append(self._memory)
                 self._captured = False
             # Not from CuPy's pool: giving this memory back has to wait for kernels on any stream, as cudaFree does.
-            self._memory = None
             with driver.allocation_allowed():
+                self._memory = None
                 self._memory = cupy.cuda.Memory(nbytes)
             self._device = device
             self.nbytes = nbytes
             self.generation += 1
         return int(self._memory.ptr) if self._memory is not None else 0
+
+
+def dedicated(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A CuPy array of zeros with memory of its own on the current device.
+
+    For what calls on any stream use: giving this memory back waits for all of them, as `Workspace` does, while CuPy's
+    pool would hand it to the next array of the stream on which it was made.
+    """
+    import cupy
+
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    with driver.allocation_allowed():
+        memory = cupy.cuda.Memory(max(nbytes, 1))
+    array = cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+    array.data.memset_async(0, nbytes)
+    return array
 
 
 class Carver:

@@ -19,7 +19,7 @@ enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_
 constexpr float FP8_MAX = 448.0f;
 constexpr float TINY_AMAX = 1e-30f;  // a row of zeros still gets a usable scale
 constexpr int LANES = 32;
-constexpr int MAX_ROW_THREADS = 512;  // threads of a block that holds a row in registers
+[[maybe_unused]] constexpr int MAX_ROW_THREADS = 512;  // threads of a block that holds a row in registers
 constexpr u32 FULL_WARP = 0xffffffffu;
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def describe(layer, options, *, padded):
 
 def is_right(layer, call):
     try:
-        spec.check_call(layer, call, scale_given=call.scale_given)
+        spec.check_call(layer, call)
     except (TypeError, ValueError):
         return False
     return True

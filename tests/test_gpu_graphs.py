@@ -224,7 +224,7 @@ def test_two_graphs_of_one_layer(seed):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", ["call", "batched", "fused_experts", "first call"])
+@pytest.mark.parametrize("form", ["call", "batched", "fused_experts", "first call", "growth"])
 def test_torch_graph(torch, mode, form, seed):
     options = to_torch(torch, make_layer(seed, 8, 256, 512, **MODES[mode]))
     many = several_batches(seed, 8, 24, 256) if form == "batched" else several_inputs(seed, 17, 256, 2, 8)
@@ -237,13 +237,15 @@ def test_torch_graph(torch, mode, form, seed):
         return experts.batched(*each) if form == "batched" else experts(*each)
 
     expected = [run(*each) for each in inputs]
-    if form == "first call":
-        experts = Experts(**options)  # has not been called when the capture begins
+    if form in ("first call", "growth"):  # has not been called when the capture begins, or with fewer tokens
+        experts = Experts(**options)
+    if form == "growth":
+        experts(*(x[:2] for x in inputs[0]))
     buffers = [x.clone() for x in inputs[0]]
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        if form != "first call":
+        if form not in ("first call", "growth"):
             run(*buffers)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=side):

@@ -120,8 +120,9 @@ def large():
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
 @pytest.mark.parametrize(("tokens", "scheme"), [(7232, "tensor"), (7232, "token"), (40000, "tensor")])
 def test_many_tokens(tokens, scheme, routing, seed):
-    layer = make_layer(seed, 8, 2048, 5120, **SCHEMES[scheme])
-    hidden, workspace = normal(seed, (tokens, 2048), "bfloat16"), Workspace()
+    hidden_size, inner = 2048, 5120
+    layer = make_layer(seed, 8, hidden_size, inner, **SCHEMES[scheme])
+    hidden, workspace = normal(seed, (tokens, hidden_size), "bfloat16"), Workspace()
     experts = Experts(**layer, workspace=workspace)
     call = make_routing(seed, tokens, 2, 8, routing)
     out = call_repeatedly(lambda out: experts(hidden, *call, out), poisoned(hidden.shape, "bfloat16"), workspace)

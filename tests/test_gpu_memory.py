@@ -90,11 +90,13 @@ def test_many_calls(function, seed):
 
 
 def test_many_sizes(seed):
+    """More numbers of tokens than a layer remembers, each often enough for all that is remembered of one."""
     layer, hidden, *call = make_small(seed, tokens=600)
     experts = Experts(**layer)
     for rounds in range(3):
         for tokens in range(600, 0, -1):
-            got = experts(hidden[:tokens], call[0][:tokens], call[1][:tokens])
+            for _ in range(4):
+                got = experts(hidden[:tokens], call[0][:tokens], call[1][:tokens])
         if rounds == 0:
             before = footprint()
     assert_no_growth(before, footprint())
@@ -199,6 +201,32 @@ def test_options_are_told_apart(seed):
     for i in range(len(variants)):
         assert same_bits(results[i], results[i + len(variants)])
         assert all(not same_bits(results[i], results[j]) for j in range(i))
+
+
+@pytest.mark.parametrize("form", ["call", "weight on input", "fp8 number", "fp8 (1,)", "fp8 (M, 1)", "batched"])
+def test_other_arrays_in_every_call(form, seed):
+    """Calls that differ in nothing but the addresses of their arrays, and numbers."""
+    layer = make_layer(seed, 6, 128, 256, apply_router_weight_on_input=form == "weight on input")
+    experts, alive = Experts(**layer), []
+    for i in range(7):
+        shape = (6, 20, 128) if form == "batched" else (65, 128)
+        hidden = random_codes(seed + i, shape) if form.startswith("fp8") else normal(seed + i, shape, "bfloat16")
+        call, options = make_routing(seed + i, 65, 3, 6, "wild"), {}
+        if form.startswith("fp8"):
+            per_token = abs(normal(seed + i, (65, 1))) * 0.005 + 0.005
+            one = 0.005 * (i + 1)
+            numbers = {"fp8 number": one, "fp8 (1,)": cupy.asarray([one], np.float32), "fp8 (M, 1)": per_token}
+            options["a1_scale"] = numbers[form]
+        if form == "batched":
+            tokens = cupy.asarray(np.random.default_rng(seed + i).integers(0, 21, 6), np.int32)
+            got = experts.batched(hidden, tokens, cupy.zeros(shape, np.float32))
+            want = reference.batched(hidden, tokens, out_dtype="float32", **layer)
+        else:
+            got = experts(hidden, *call, **options)
+            by_name = {"topk_weights": call[0], "topk_ids": call[1], "out_dtype": "float32"}
+            want = reference.fused_experts(hidden, **by_name, **options, **layer)
+        assert relative_error(got, want) <= LAYER_LIMIT
+        alive.append((hidden, call, options, got))
 
 
 def test_experts_follow_their_arrays_where_they_hold_no_copy(seed):

@@ -277,3 +277,11 @@ def test_validate(seed):
         experts(hidden, weights, bad_ids)
     with pytest.raises(ValueError, match=r"hidden_states: .* token 9"):
         experts(bad_hidden, weights, ids)
+    padded, counts = normal(seed, (6, 4, 128)), cupy.asarray([4, 0, 2, 1, 3, 4], np.int32)
+    padded[1, 2], padded[2, 2] = np.nan, np.inf  # behind the last tokens
+    experts.batched(padded, counts)
+    padded[3, 0, 5] = np.nan
+    with pytest.raises(ValueError, match=r"hidden_states: .* token 0 of expert 3"):
+        experts.batched(padded, counts)
+    with pytest.raises(ValueError, match=r"expert_num_tokens: .* expert 2"):
+        experts.batched(padded, cupy.asarray([4, 0, 5, 1, 3, 4], np.int32))
