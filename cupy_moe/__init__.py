@@ -5,16 +5,8 @@ from cupy_moe._version import __version__
 from cupy_moe.backend import backends
 from cupy_moe.experts import Experts, fused_experts
 from cupy_moe.routing import Routing
-from cupy_moe.steps import (
-    activation_quantize,
-    combine,
-    gather_scales,
-    grouped_gemm_fp8,
-    quantize_fp8,
-    route,
-    shuffle_rows,
-    topk_softmax,
-)
+from cupy_moe.routing_steps import gather_scales, route, shuffle_rows, topk_softmax
+from cupy_moe.steps import activation_quantize, combine, grouped_gemm_fp8, quantize_fp8
 from cupy_moe.workspace import Workspace
 
 __all__ = [

@@ -175,8 +175,8 @@ class GroupedMatmul:
         self.description = ctypes.c_void_p()
         context.call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _R_32F)
         self._set(_DESC_TRANSA, ctypes.c_int32(1))
-        # The tensor cores' own accumulator keeps 14 bits: over 4096 products that is an error of 1.5e-3 and thrice the
-        # flipped codes in the quantisation behind it. With promotion to float32 it is 3e-4, float16's own rounding.
+        # Fast accumulation stays in the tensor cores' own format, which is too coarse for the quantisation behind:
+        # each rounding of a product may flip a code there. Without it, partial sums are promoted to float32.
         self._set(_DESC_FAST_ACCUM, ctypes.c_int8(0))
         self.weights = self._layout(_R_8F_E4M3, all_k, all_n, all_k)
         self.rows = self._layout(_R_8F_E4M3, all_k, counts, all_k)

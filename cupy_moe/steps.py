@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of the layer as functions of their own.
+"""The steps that calculate: `quantize_fp8`, `activation_quantize`, `grouped_gemm_fp8` and `combine`.
 
 NumPy arrays and torch CPU tensors run the reference's twin of the same name; CuPy arrays and torch CUDA tensors run the
 layer's kernels on the caller's current stream. Sizes: M tokens, K hidden, N intermediate, E experts, rows = M * topk.
@@ -12,103 +12,9 @@ from typing import Any
 from cupy_moe import arrays, checks, grouped_gemm, launches, reference
 from cupy_moe import backend as backend_choice
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.checks import FLOATS, FP8, INDICES
-from cupy_moe.launches import Bias, Maps, Matrix
-from cupy_moe.routing import Routing
+from cupy_moe.checks import FLOATS, FP8
+from cupy_moe.launches import Bias, Matrix
 from cupy_moe.step_arguments import Arguments
-
-
-def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing:
-    """Sort the (token, slot) pairs by expert: by (expert, token, slot).
-
-    Parameters
-    ----------
-    topk_ids
-        (M, topk) int32 or int64. A negative id, one of ``num_experts`` or more, and one mapped outside is dropped.
-    num_experts
-        E, the number of local experts.
-    expert_map
-        (global_num_experts,) int32: global id to local one or -1; None: ids are local.
-
-    Returns
-    -------
-    Routing
-        Offsets and counts per expert, the maps in both directions and each row's expert; int32.
-    """
-    arguments = Arguments("topk_ids", topk_ids)
-    ids = arguments.expect("topk_ids", topk_ids, INDICES, ("M", "topk"))
-    experts = checks.count("num_experts", num_experts, 1)
-    mapped = arguments.optional("expert_map", expert_map, ("int32",), ("global_num_experts",))
-    checks.not_empty("expert_map", mapped)
-    if arguments.on_cpu:
-        return Routing(*arguments.reference(reference.route, topk_ids, experts, expert_map=expert_map))
-    tokens, topk = ids.shape
-    rows = tokens * topk
-    made = Routing(
-        *(arguments.empty(shape, "int32") for shape in ((experts + 1,), (experts,), (rows,), (tokens, topk), (rows,)))
-    )
-    maps = Maps(*(arguments.pointer(x) for x in made))
-    scratch = arguments.empty((launches.route_blocks(rows) * experts,), "int32")
-    arguments.run(*launches.route(
-        arguments.device, ids.pointer, ids.dtype, tokens, topk, experts, maps,
-        expert_map=mapped.pointer, map_size=mapped.shape[0] if mapped.shape else 0, scratch=arguments.pointer(scratch),
-    ))
-    return made
-
-
-def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
-    """Gather rows: ``out[r] = x[dst2src_map[r]]``, zeros where the map is negative or at least M.
-
-    Parameters
-    ----------
-    x
-        (M, C) of any dtype; any distance between rows.
-    dst2src_map
-        (rows,) int32.
-    out
-        (rows, C) of the dtype of ``x``; None allocates it.
-
-    Returns
-    -------
-    array (rows, C)
-    """
-    arguments = Arguments("x", x)
-    source = arguments.expect("x", x, (arguments.first.dtype,), ("M", "C"), rows_only=True)
-    index = arguments.expect("dst2src_map", dst2src_map, ("int32",), ("rows",))
-    shape = (index.shape[0], source.shape[1])
-    try:
-        out = arguments.result("out", out, shape, source.dtype)
-    except KeyError:
-        raise TypeError(f"x: expected a dtype that torch shares with NumPy; got {source.dtype}") from None
-    if arguments.on_cpu:
-        arguments.reference(reference.shuffle_rows, x, dst2src_map, out=out)
-    elif 0 not in shape:
-        itemsize = arrays.numpy_dtype(source.dtype).itemsize
-        pitch = source.strides[0] if source.shape[0] > 1 else shape[1]
-        arguments.run(launches.shuffle_rows(
-            arguments.device, source.pointer, pitch * itemsize, source.shape[0], index.pointer, shape[0],
-            shape[1] * itemsize, arguments.pointer(out),
-        ))
-    return out
-
-
-def gather_scales(scales: Any, dst2src_map: Any) -> Any:
-    """Gather the scales of tokens for sorted rows, as `shuffle_rows` gathers rows.
-
-    Parameters
-    ----------
-    scales
-        (M, 1) or (M,) float32.
-    dst2src_map
-        (rows,) int32.
-
-    Returns
-    -------
-    array (rows, 1) float32; zeros where the map is negative or at least M
-    """
-    arguments = Arguments("scales", scales)
-    info = arguments.expect("scales", scales, ("float32",), ("M", 1), ("M",))
-    return shuffle_rows(scales.reshape(info.shape[0], 1), dst2src_map)
 
 
 def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple[Any, Any]:
@@ -336,42 +242,3 @@ def combine(
             topk_weights=weights.pointer,
         ))
     return out
-
-
-def topk_softmax(gating: Any, topk: int, *, renormalize: bool = False) -> tuple[Any, Any]:
-    """Choose experts: the ``topk`` largest logits of each token and their softmax probabilities, largest first.
-
-    Parameters
-    ----------
-    gating
-        (M, E) float16, bfloat16 or float32 logits, E at most 1024; any distance between rows. They are clamped to the
-        finite range, NaN counts as the smallest; of equal ones the lowest id wins.
-    topk
-        From 1 to E.
-    renormalize
-        Divide the chosen probabilities by their sum.
-
-    Returns
-    -------
-    topk_weights
-        (M, topk) float32.
-    topk_ids
-        (M, topk) int32.
-    """
-    arguments = Arguments("gating", gating)
-    info = arguments.expect("gating", gating, FLOATS, ("M", "E"), rows_only=True)
-    tokens, experts = info.shape
-    if not 1 <= experts <= 1024:
-        raise ValueError(f"gating: expected from 1 to 1024 experts; got shape {info.shape}")
-    topk = checks.count("topk", topk, 1, experts)
-    checks.flag("renormalize", renormalize)
-    if arguments.on_cpu:
-        return arguments.reference_pair(reference.topk_softmax, gating, topk, renormalize=renormalize)
-    weights, ids = arguments.empty((tokens, topk), "float32"), arguments.empty((tokens, topk), "int32")
-    if tokens:
-        arguments.run(launches.topk_softmax(
-            arguments.device, arguments.matrix(info), tokens, experts, topk, renormalize, arguments.pointer(weights),
-            arguments.pointer(ids),
-        ))
-    return weights, ids
-

@@ -247,8 +247,8 @@ def call_repeatedly(function, out, workspace=WORKSPACE):
     return out
 
 
-def check_layer(layer, hidden, topk_weights, topk_ids, *, experts=None, a1_scale=None, out_dtype=None):
-    """Run the layer on poisoned memory and compare with the reference; returns the result and that of the reference.
+def run_layer(layer, hidden, topk_weights, topk_ids, *, experts=None, a1_scale=None, out_dtype=None):
+    """Run the layer on poisoned memory; returns the result and that of the reference.
 
     ``experts`` is an `Experts` of ``layer`` with the shared workspace; None makes one.
     """
@@ -258,7 +258,12 @@ def check_layer(layer, hidden, topk_weights, topk_ids, *, experts=None, a1_scale
     got = call_repeatedly(lambda out: experts(hidden, topk_weights, topk_ids, out, a1_scale=a1_scale), out)
     options = layer if a1_scale is None else {**layer, "a1_scale": a1_scale}
     options = {**options, "out_dtype": "float32"}
-    want = reference.fused_experts(hidden, topk_weights=topk_weights, topk_ids=topk_ids, **options)
+    return got, reference.fused_experts(hidden, topk_weights=topk_weights, topk_ids=topk_ids, **options)
+
+
+def check_layer(layer, hidden, topk_weights, topk_ids, **options):
+    """`run_layer`, and its result compared with the reference."""
+    got, want = run_layer(layer, hidden, topk_weights, topk_ids, **options)
     error = relative_error(got, want)
     assert error <= LAYER_LIMIT, f"relative error {error:.2e}"
     return got, want
@@ -267,7 +272,10 @@ def check_layer(layer, hidden, topk_weights, topk_ids, *, experts=None, a1_scale
 def make_small(
     seed, *, tokens=65, topk=3, experts=6, hidden=128, inner=256, dtype="bfloat16", routing="uniform", **options
 ):
-    """A layer and a call of it: large enough that a flip of one code stays far below LAYER_LIMIT."""
+    """A layer and a call of it: large enough that a flip of one code stays far below LAYER_LIMIT.
+
+    Sums of few products are the least exact in the tensor cores: wide distributions take a larger ``hidden``.
+    """
     layer = make_layer(seed, experts, hidden, inner, **options)
     return layer, normal(seed + 4, (tokens, hidden), dtype), *make_routing(seed, tokens, topk, experts, routing)
 

@@ -99,7 +99,7 @@ def test_router_weight_on_input(scheme, topk, seed):
     options = dict(SCHEMES.get(scheme, {}))
     if scheme in ("static", "expert"):
         options["a1_scale"] = static("(E,)" if scheme == "expert" else "number", 0.007)
-    layer, hidden, weights, ids = make_small(seed, topk=topk, apply_router_weight_on_input=True, **options)
+    layer, hidden, weights, ids = make_small(seed, topk=topk, hidden=1024, apply_router_weight_on_input=True, **options)
     weights[::5] *= -1
     if scheme == "fp8":
         hidden = random_codes(seed, hidden.shape)
@@ -196,7 +196,7 @@ def test_rows_apart(dtype, scheme, seed):
 @pytest.mark.parametrize("dtype", [*DTYPES, "uint8"])
 @pytest.mark.parametrize("out_dtype", [None, *DTYPES])
 def test_result_dtypes(dtype, out_dtype, seed):
-    layer, hidden, *call = make_small(seed, dtype="float32" if dtype == "uint8" else dtype)
+    layer, hidden, *call = make_small(seed, hidden=1024, dtype="float32" if dtype == "uint8" else dtype)
     if dtype == "uint8":
         hidden, layer["a1_scale"] = random_codes(seed, hidden.shape), 0.01
     natural = "bfloat16" if dtype == "uint8" else dtype

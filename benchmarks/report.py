@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the speed section of the README from the files in ``benchmarks/results``: ``python -m benchmarks.report``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- speed: python -m benchmarks.report -->", "<!-- end of speed -->"
+SHOWN = (1, 8, 64, 512)
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of results."""
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return content
+
+
+def mean(values: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def cells(records: list[dict[str, Any]], **wanted: str) -> dict[tuple[int, ...], dict[str, dict[str, Any]]]:
+    """(E, topk, K, N, M) to the record of each implementation, of the records that match."""
+    found: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if all(record[key] == value for key, value in wanted.items()):
+            found.setdefault((*record["shape"], record["M"]), {})[record["impl"]] = record
+    return found
+
+
+def ratios(of: dict[tuple[int, ...], dict[str, dict[str, Any]]]) -> tuple[list[float], list[float]]:
+    """Time of vLLM over that of cupy_moe, and that of cupy_moe over the floor, of each cell."""
+    faster = [cell["vllm"]["us"] / cell["cupy_moe"]["us"] for cell in of.values()]
+    return faster, [cell["cupy_moe"]["us"] / cell["cupy_moe"]["floor_us"] for cell in of.values()]
+
+
+def speed_table(of: dict[tuple[int, ...], dict[str, dict[str, Any]]]) -> list[str]:
+    """A line for each layer: microseconds of cupy_moe, and of vLLM in brackets."""
+    titles = " | ".join(f"M = {tokens}" for tokens in SHOWN)
+    lines = [f"| E, topk, K, N | {titles} |", "| --- |" + " --: |" * len(SHOWN)]
+    for shape in dict.fromkeys(key[:4] for key in of):
+        row = [of[(*shape, tokens)] for tokens in SHOWN]
+        texts = [f"{cell['cupy_moe']['us']:.0f} ({cell['vllm']['us']:.0f})" for cell in row]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(texts)} |")
+    return lines
+
+
+def section() -> str:
+    """The text between the two markers."""
+    table, first = load("table_h100.json"), load("first_call_h100.json")
+    header, records = table["header"], table["records"]
+    warm = cells(records, scheme="tensor", mode="graph", l2="warm")
+    lines = [
+        f"One call of the whole layer in microseconds, vLLM {header['versions']['vllm']}'s operators on the same inputs "
+        f"in the same run in brackets: {header['device']}, CUDA graph replay, float16 in and out, dynamic scales per "
+        "tensor, warm L2 cache.",
+        "", *speed_table(warm), "",
+    ]  # fmt: skip
+    for scheme, l2 in (("tensor", "warm"), ("tensor", "cold"), ("token", "warm"), ("token", "cold")):
+        faster, over = ratios(cells(records, scheme=scheme, mode="graph", l2=l2))
+        lines.append(
+            f"- Scales per {scheme}, {l2} L2 cache, {len(faster)} cells: {mean(faster):.2f} times as fast as vLLM "
+            f"(geometric mean; between {min(faster):.2f} and {max(faster):.2f}), {mean(over):.2f} times the floor."
+        )
+    eager = cells(records, scheme="tensor", mode="eager", l2="warm")
+    host = [cell["cupy_moe"]["host_us"] for key, cell in eager.items() if key[4] <= 64]
+    theirs = [cell["vllm"]["host_us"] for key, cell in eager.items() if key[4] <= 64]
+    errors = [cell["cupy_moe"]["err"] for cell in warm.values()]
+    cold, hot = (sum(record["seconds"][name] for name in ("library", "experts", "call")) for record in first["records"])
+    lines += [
+        f"- The host's part of an eager call with up to 64 tokens: at most {max(host):.0f} us (vLLM's operators: at "
+        f"least {min(theirs):.0f} us).",
+        f"- Relative error against the float32 reference: at most {max(errors):.1e}.",
+        f"- The first call of a process, with opening cuBLASLt and all compiling: {cold:.1f} s, and {hot:.1f} s once "
+        "the kernels are in CuPy's cache.",
+        "",
+        "The floor is the larger of reading the active experts' weights at the read rate of the device and multiplying "
+        "at its dense fp8 rate, both measured in the same run, plus reading and writing the activations. All cells, "
+        "versions and commands are in [benchmarks/results](benchmarks/results); "
+        "[docs/performance.md](docs/performance.md) says how they were measured and where the time goes.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Replace the section in the README."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    path.write_text(f"{text[:begin]}\n{section()}\n{text[end:]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
