@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the speed section of the README from the files in ``benchmarks/results``: ``python -m benchmarks.report``."""
+"""Writes what the README and ``docs/performance.md`` say of speed, from the files in ``benchmarks/results``.
+
+``python -m benchmarks.report`` replaces the text between the two markers of each.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +63,9 @@ def section() -> str:
     header, records = table["header"], table["records"]
     warm = cells(records, scheme="tensor", mode="graph", l2="warm")
     lines = [
-        f"One call of the whole layer in microseconds, vLLM {header['versions']['vllm']}'s operators on the same inputs "
-        f"in the same run in brackets: {header['device']}, CUDA graph replay, float16 in and out, dynamic scales per "
-        "tensor, warm L2 cache.",
+        f"One call of the whole layer in microseconds; in brackets vLLM {header['versions']['vllm']}'s operators on "
+        f"the same inputs in the same run. {header['device']}, CUDA graph replay, float16 in and out, dynamic scales "
+        "per tensor, warm L2 cache.",
         "", *speed_table(warm), "",
     ]  # fmt: skip
     for scheme, l2 in (("tensor", "warm"), ("tensor", "cold"), ("token", "warm"), ("token", "cold")):
@@ -91,12 +94,34 @@ def section() -> str:
     return "\n".join(lines)
 
 
+def details() -> str:
+    """The tables of ``docs/performance.md``: all cells, then the parts of a call."""
+    table, timeline = load("table_h100.json"), load("timeline_h100.json")
+    titles = ("M", "cupy_moe us", "vLLM us", "vLLM / cupy_moe", "cold", "floor us", "cupy_moe / floor", "error")
+    lines = [f"| E, topk, K, N | {' | '.join(titles)} |", "| --- |" + " --: |" * len(titles)]
+    warm, cold = (cells(table["records"], scheme="tensor", mode="graph", l2=l2) for l2 in ("warm", "cold"))
+    for key, cell in warm.items():
+        ours, theirs, floor = cell["cupy_moe"], cell["vllm"]["us"], cell["cupy_moe"]["floor_us"]
+        in_cold = cold[key]["vllm"]["us"] / cold[key]["cupy_moe"]["us"]
+        lines.append(
+            f"| {', '.join(map(str, key[:4]))} | {key[4]} | {ours['us']:.1f} | {theirs:.1f} "
+            f"| {theirs / ours['us']:.2f} | {in_cold:.2f} | {floor:.1f} | {ours['us'] / floor:.2f} | {ours['err']:.1e} |"
+        )
+    parts = list(timeline["records"][0]["us"])
+    lines += ["", f"| E, topk, K, N | M | scales per | {' | '.join(parts)} |"]
+    lines.append("| --- | --: | --- |" + " --: |" * len(parts))
+    for record in timeline["records"]:
+        times = " | ".join(f"{record['us'][part]:.1f}" for part in parts)
+        lines.append(f"| {', '.join(map(str, record['shape']))} | {record['M']} | {record['scheme']} | {times} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Replace the section in the README."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    path.write_text(f"{text[:begin]}\n{section()}\n{text[end:]}")
+    """Replace both sections."""
+    for name, text in (("README.md", section()), ("docs/performance.md", details())):
+        old = (ROOT / name).read_text()
+        begin, end = old.index(BEGIN) + len(BEGIN), old.index(END)
+        (ROOT / name).write_text(f"{old[:begin]}\n\n{text}\n\n{old[end:]}")
     return 0
 
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a call goes: ``python -m benchmarks.timeline --out FILE.json``.
+
+Runs calls of the benchmark's layers, kernel by kernel, under torch's profiler and records the mean duration of each
+part in microseconds: route, quantize, gemm1, activation, gemm2 and combine. Gaps between kernels are in none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import cupy_moe
+from benchmarks import cases
+from benchmarks.table import make_header
+from cupy_moe import pipeline
+
+CALLS, TOKENS = 20, (1, 64, 512, 4096)
+PARTS = {
+    "route": "route", "amax_tokens": "quantize", "quantize_shuffle": "quantize", "amax_rows": "activation",
+    "activation_quantize": "activation", "combine": "combine",
+}  # fmt: skip
+"""Part of each kernel of ours, by the start of its name; all others belong to the GEMM that is due."""
+
+
+def parts_of(kernels: list[tuple[str, float]]) -> dict[str, float]:
+    """Mean microseconds of each part over ``CALLS`` calls, from (name, us) in the order of execution."""
+    total = dict.fromkeys(("route", "quantize", "gemm1", "activation", "gemm2", "combine"), 0.0)
+    due = "gemm1"
+    for name, us in kernels:
+        part = next((part for start, part in PARTS.items() if name.startswith(start)), None)
+        due = {"quantize": "gemm1", "activation": "gemm2"}.get(part or "", due)
+        total[part or due] += us
+    return {part: us / CALLS for part, us in total.items()}
+
+
+def measure(experts: Any, inputs: cases.Inputs) -> dict[str, float]:
+    """Profile the calls on one cell's inputs."""
+
+    def call() -> None:
+        experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
+
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    return parts_of([(event.name, event.time_range.elapsed_us()) for event in events])
+
+
+def main() -> int:
+    """Run all layers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.timeline", description=__doc__)
+    parser.add_argument("--out", metavar="FILE.json")
+    parser.add_argument("--commit", help="of this code, where there is no git folder")
+    options = parser.parse_args()
+    header = make_header("benchmarks.timeline", sys.argv[1:], out=options.out, commit=options.commit)
+    pipeline.CALLS_BEFORE_REPLAY = sys.maxsize  # the profiler names kernels, not graphs
+    records: list[dict[str, Any]] = []
+    for shape in cases.SHAPES:
+        for scheme in cases.SCHEMES:
+            w = cases.make_weights(shape, scheme)
+            experts = cupy_moe.Experts(
+                w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=scheme == "token"
+            )
+            for tokens in TOKENS:
+                parts = measure(experts, cases.make_inputs(shape, tokens, scheme, weights=w))
+                records.append({"shape": list(shape), "M": tokens, "scheme": scheme, "us": parts})
+                text = ", ".join(f"{part} {us:.1f}" for part, us in parts.items())
+                print(*shape, "M", tokens, scheme, text, flush=True)
+    if options.out:
+        Path(options.out).write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
