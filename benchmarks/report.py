@@ -105,7 +105,8 @@ def details() -> str:
         in_cold = cold[key]["vllm"]["us"] / cold[key]["cupy_moe"]["us"]
         lines.append(
             f"| {', '.join(map(str, key[:4]))} | {key[4]} | {ours['us']:.1f} | {theirs:.1f} "
-            f"| {theirs / ours['us']:.2f} | {in_cold:.2f} | {floor:.1f} | {ours['us'] / floor:.2f} | {ours['err']:.1e} |"
+            f"| {theirs / ours['us']:.2f} | {in_cold:.2f} | {floor:.1f} | {ours['us'] / floor:.2f} "
+            f"| {ours['err']:.1e} |"
         )
     parts = list(timeline["records"][0]["us"])
     lines += ["", f"| E, topk, K, N | M | scales per | {' | '.join(parts)} |"]
