@@ -13,8 +13,6 @@ from cupy_moe import arrays, checks, cublaslt, e4m3
 NAMES = ("cublaslt", "reference")
 """Backends, the preferred one first."""
 
-MINIMUM_CAPABILITY = (8, 0)
-
 
 def backends(device: int | None = None) -> dict[str, str]:
     """Name of each backend to ``"available"`` or the reason why it is not.

@@ -25,7 +25,7 @@ class Preference(NamedTuple):
     option: int  # custom option of the algorithm
 
 
-# The heuristic's own first proposal is up to 1.5 times slower than its best. These lost least over the layers of
+# The heuristic's own first proposal is often not its fastest. These lost least over the layers of
 # benchmarks/cases.py on an H100 with cuBLAS 13.10 (benchmarks/algorithms.py, results/algorithms_h100.json). Where the
 # heuristic does not propose them (another library or device), its first proposal runs.
 PREFERRED = (
