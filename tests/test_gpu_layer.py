@@ -34,6 +34,9 @@ from cupy_moe import Experts, Workspace, backend, grouped_gemm, reference
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
 SHAPES = ((8, 2, 4096, 28672), (8, 2, 14336, 4096), (64, 6, 2048, 1408), (32, 8, 1024, 1024), (40, 8, 1024, 1536))
+REAL_SHAPES = (
+    (16, 4, 2048, 768), (16, 4, 2880, 2880), (16, 4, 4096, 1536), (16, 4, 5120, 1536), (16, 4, 7168, 2048)
+)  # fmt: skip
 TOKENS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 222, 1000, 4096)
 DTYPE_OF = {tokens: list(DTYPES)[i % 3] for i, tokens in enumerate(TOKENS)}
 
@@ -60,29 +63,57 @@ class Shape:
         free_device_memory()
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids="E{0[0]}-top{0[1]}-K{0[2]}-N{0[3]}".format)
+NAME = "E{0[0]}-top{0[1]}-K{0[2]}-N{0[3]}".format
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=NAME)
 def shape(request):
     made = Shape(*request.param)
     yield made
     made.clear()
 
 
+@pytest.fixture(scope="module", params=REAL_SHAPES, ids=NAME)
+def real_shape(request):
+    made = Shape(*request.param)
+    yield made
+    made.clear()
+
+
+def check_cell(shape, scheme, tokens, routing, seed, dtype):
+    """The layer at one number of tokens against the reference, a few tokens drawn several times.
+
+    In a few tokens one flipped code counts for much, most of all where all slots of a token are copies at one expert:
+    such a draw may exceed LAYER_LIMIT by itself, so those cells have to keep it over all draws.
+    """
+    layer, experts = shape.of(scheme)
+    pairs = []
+    for draw in range(seed, seed + (16 if 0 < tokens < 7 else 1)):
+        hidden = normal(draw, (tokens, shape.hidden), dtype)
+        call = make_routing(draw, tokens, shape.topk, shape.experts, routing)
+        pairs.append(run_layer(layer, hidden, *call, experts=experts))
+    if routing != "one" or shape.inner >= 4096:
+        error = relative_error(*pairs[0])
+        assert error <= LAYER_LIMIT, f"relative error {error:.2e}"
+    got, want = (cupy.concatenate(results) for results in zip(*pairs, strict=True))
+    error = relative_error(got, want)
+    assert error <= LAYER_LIMIT, f"relative error {error:.2e} over {len(pairs)} draws"
+    assert got.dtype == hidden.dtype
+    assert experts.backend == "cublaslt"
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_seed_shapes(shape, scheme, tokens, routing, seed):
-    layer, experts = shape.of(scheme)
-    pairs = []
-    # A flip of one code counts for much in the few numbers of a few tokens: those are drawn several times.
-    for draw in range(seed, seed + (16 if 0 < tokens < 7 else 1)):
-        hidden = normal(draw, (tokens, shape.hidden), DTYPE_OF[tokens])
-        call = make_routing(draw, tokens, shape.topk, shape.experts, routing)
-        pairs.append(run_layer(layer, hidden, *call, experts=experts))
-    got, want = (cupy.concatenate(results) for results in zip(*pairs, strict=True))
-    error = relative_error(got, want)
-    assert error <= LAYER_LIMIT, f"relative error {error:.2e}"
-    assert got.dtype == hidden.dtype
-    assert experts.backend == "cublaslt"
+    check_cell(shape, scheme, tokens, routing, seed, DTYPE_OF[tokens])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_hidden_sizes(real_shape, scheme, tokens, seed):
+    for dtype in DTYPES if tokens == 17 else ["bfloat16"]:
+        check_cell(real_shape, scheme, tokens, "skewed", seed, dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
@@ -102,15 +133,6 @@ def test_every_algorithm(shape, tokens, seed):
             assert error <= STEP_LIMIT, f"algorithm {choice}: relative error {error:.2e}"
             assert (owners >= 0).all()
         assert choice > 0
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("tokens", [1, 17, 222])
-@pytest.mark.parametrize(("hidden", "inner"), [(2048, 768), (2880, 2880), (4096, 1536), (5120, 1536), (7168, 2048)])
-def test_hidden_sizes(hidden, inner, tokens, scheme, seed):
-    layer = make_layer(seed, 16, hidden, inner, **SCHEMES[scheme])
-    for dtype in DTYPES if tokens == 17 else ["bfloat16"]:
-        check_layer(layer, normal(seed, (tokens, hidden), dtype), *make_routing(seed, tokens, 4, 16))
 
 
 @pytest.fixture
