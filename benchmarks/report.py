@@ -11,12 +11,13 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: python -m benchmarks.report -->", "<!-- end of speed -->"
+PRECISION = "precision_h100.json"
 SHOWN = (1, 8, 64, 512)
 
 
@@ -99,7 +100,7 @@ def section() -> str:
 
 
 def details() -> str:
-    """The tables of ``docs/performance.md``: all cells, then the parts of a call."""
+    """The tables of ``docs/performance.md``: all cells, the parts of a call, then the accuracy."""
     table, timeline = load("table_h100.json"), load("timeline_h100.json")
     titles = ("M", "cupy_moe us", "vLLM us", "vLLM / cupy_moe", "cold", "floor us", "cupy_moe / floor", "error")
     lines = [f"| E, topk, K, N | {' | '.join(titles)} |", "| --- |" + " --: |" * len(titles)]
@@ -118,7 +119,59 @@ def details() -> str:
     for record in timeline["records"]:
         times = " | ".join(f"{record['us'][part]:.1f}" for part in parts)
         lines.append(f"| {', '.join(map(str, record['shape']))} | {record['M']} | {record['scheme']} | {times} |")
+    if (RESULTS / PRECISION).exists():
+        records = load(PRECISION)["records"]
+        lines += ["", "### Accuracy", "", *gemm_accuracy(records), "", *layer_accuracy(records)]
     return "\n".join(lines)
+
+
+def gemm_accuracy(records: list[dict[str, Any]]) -> list[str]:
+    """The error of the grouped GEMM for each K."""
+    found = {
+        (record["K"], record["result"], record["fast_accumulation"]): record["err"]
+        for record in records if record["kind"] == "gemm"
+    }  # fmt: skip
+    columns = [(result, fast) for fast in (False, True) for result in ("float32", "float16")]
+    titles = [f"{result}, {'fast' if fast else 'float32'} accumulation" for result, fast in columns]
+    lines = [
+        "Relative Frobenius error of the grouped GEMM against float64, the largest of the algorithms that the library "
+        "proposes. The layer uses float32 accumulation.",
+        "", f"| K | {' | '.join(titles)} |", "| --: |" + " --: |" * len(titles),
+    ]  # fmt: skip
+    for k in dict.fromkeys(key[0] for key in found):
+        errors = [found[(k, *column)] for column in columns]
+        texts = ["not offered" if error is None else f"{error:.1e}" for error in errors]
+        lines.append(f"| {k} | {' | '.join(texts)} |")
+    return lines
+
+
+def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
+    """The errors of the layer over draws of few tokens, and those of the reference with noise on the same draws."""
+    measured, simulated = ([r for r in records if r["kind"] == kind] for kind in ("layer", "simulated"))
+    first = simulated[0]
+    above = [fmean([record["above"] for record in of]) for of in (measured, simulated)]
+    shares = [r["largest_share_above"] for r in simulated if r["largest_share_above"] is not None]
+    limit = f"{first['limit']:g}"
+    blame = (
+        f" In those, the largest single flip is {min(shares):.0%} or more (median of a cell's draws) of the squared "
+        "deviation of what GEMM 2 multiplies."
+    ) if shares else ""  # fmt: skip
+    titles = ("routing", "a1_scale", "median", "max", f"above {limit}", "all draws")
+    lines = [
+        f"Relative Frobenius error of the layer, float32 out, over {first['draws']} draws of each cell; in brackets "
+        f"that of the reference on the same draws with noise of {first['noise']:.1e} of a row's root mean square in "
+        f"GEMM 1's product and no other deviation. {above[0]:.1%} of the draws exceed {limit}, with noise alone "
+        f"{above[1]:.1%}.{blame} The last two columns are of the noise: flipped codes per draw, and how many codes "
+        "there are.",
+        "", f"| E, topk, K, N | M | scales per | {' | '.join(titles)} | flips | codes |",
+        "| --- | --: | --- | --- | --- |" + " --: |" * 6,
+    ]  # fmt: skip
+    for ours, noisy in zip(measured, simulated, strict=True):
+        errors = [f"{ours[name]:.1e} ({noisy[name]:.1e})" for name in ("median", "max", "above", "pooled")]
+        errors[2] = f"{ours['above']:.1%} ({noisy['above']:.1%})"
+        where = [", ".join(map(str, ours["shape"])), ours["M"], ours["scheme"], ours["routing"], ours["a1_scale"]]
+        lines.append(f"| {' | '.join(map(str, [*where, *errors, round(noisy['flips'], 1), noisy['codes']]))} |")
+    return lines
 
 
 def main() -> int:

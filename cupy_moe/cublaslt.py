@@ -163,9 +163,15 @@ class GroupedMatmul:
         Address of the group sizes.
     result
         "float16" or "float32".
+    fast_accumulation
+        Sums stay in the tensor cores' own format, which is too coarse for the quantisation behind: each rounding of a
+        product may flip a code there. Without it, partial sums are promoted to float32.
     """
 
-    def __init__(self, context: Context, groups: int, n: int, k: int, counts: int, result: str = "float16") -> None:
+    def __init__(
+        self, context: Context, groups: int, n: int, k: int, counts: int, result: str = "float16", *,
+        fast_accumulation: bool = False,
+    ) -> None:  # fmt: skip
         self.context = context
         self.groups, self.n, self.k = groups, n, k
         self.unit = 2.0 ** math.ceil(math.log2(k * _CODE_MAX**2 / _HALF_MAX))
@@ -175,9 +181,7 @@ class GroupedMatmul:
         self.description = ctypes.c_void_p()
         context.call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _R_32F)
         self._set(_DESC_TRANSA, ctypes.c_int32(1))
-        # Fast accumulation stays in the tensor cores' own format, which is too coarse for the quantisation behind:
-        # each rounding of a product may flip a code there. Without it, partial sums are promoted to float32.
-        self._set(_DESC_FAST_ACCUM, ctypes.c_int8(0))
+        self._set(_DESC_FAST_ACCUM, ctypes.c_int8(fast_accumulation))
         self.weights = self._layout(_R_8F_E4M3, all_k, all_n, all_k)
         self.rows = self._layout(_R_8F_E4M3, all_k, counts, all_k)
         self.result = self._layout(_RESULTS[result], all_n, counts, all_n)
