@@ -215,12 +215,9 @@ def statistics(distances: list[tuple[float, float]], limit: float = LIMIT) -> di
 
 
 def flip_statistics(flips: list[tuple[int, float]], distances: list[tuple[float, float]]) -> dict[str, Any]:
-    """Mean number of flipped codes per draw, and the median share of the largest one in the draws above LIMIT."""
+    """Mean number of flipped codes per draw, and the share of the largest one in each draw above LIMIT."""
     shares = [share for (_, share), (off, norm) in zip(flips, distances, strict=True) if off > LIMIT * norm]
-    return {
-        "flips": float(np.mean([count for count, _ in flips])),
-        "largest_share_above": float(np.median(shares)) if shares else None,
-    }
+    return {"flips": float(np.mean([count for count, _ in flips])), "shares_above": shares}
 
 
 def simulate(cell: Cell, draws: int, xp: Any, noise: float = NOISE) -> Iterator[tuple[Draw, Steps, Outcome, Outcome]]:

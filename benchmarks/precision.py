@@ -98,8 +98,8 @@ def describe(record: dict[str, Any]) -> str:
     numbers = " ".join(f"{name} {record[name]:.1e}" for name in ("median", "p90", "max", "pooled"))
     flipped = ""
     if record["kind"] == "simulated":
-        share = record["largest_share_above"]
-        flipped = f" flips {record['flips']:.1f} of {record['codes']}" + (f" largest {share:.2f}" if share else "")
+        shares = "".join(f" {share:.2f}" for share in record["shares_above"])
+        flipped = f" flips {record['flips']:.1f} of {record['codes']}" + (f" largest{shares}" if shares else "")
     return f"{record['kind']:<10} {where:<58} {numbers} above {record['above']:.3f}{flipped}"
 
 

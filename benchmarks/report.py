@@ -150,11 +150,11 @@ def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
     measured, simulated = ([r for r in records if r["kind"] == kind] for kind in ("layer", "simulated"))
     first = simulated[0]
     above = [fmean([record["above"] for record in of]) for of in (measured, simulated)]
-    shares = [r["largest_share_above"] for r in simulated if r["largest_share_above"] is not None]
+    shares = [share for record in simulated for share in record["shares_above"]]
     limit = f"{first['limit']:g}"
     blame = (
-        f" In those, the largest single flip is {min(shares):.0%} or more (median of a cell's draws) of the squared "
-        "deviation of what GEMM 2 multiplies."
+        f" In those of noise, the largest single flip makes up {median(shares):.0%} of the squared deviation of what "
+        f"GEMM 2 multiplies in the median, and {min(shares):.0%} at least."
     ) if shares else ""  # fmt: skip
     titles = ("routing", "a1_scale", "median", "max", f"above {limit}", "all draws")
     lines = [
