@@ -143,9 +143,17 @@ def make_inputs(
         weights = make_weights(shape, scheme, seed, device)
     generator = torch.Generator(device=device).manual_seed(seed * 1009 + M)
     hidden_states = torch.randn((M, k), generator=generator, device=device).to(getattr(torch, dtype))
+    topk_weights, topk_ids = make_routing(M, topk, experts, generator, routing)
+    return Inputs(hidden_states, topk_weights, topk_ids, weights, routing)
+
+
+def make_routing(
+    M: int, topk: int, experts: int, generator: torch.Generator, routing: str = "uniform"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk_weights`` float32 and ``topk_ids`` int32, ``(M, topk)``, of random scores on the generator's device."""
     scores = _scores(routing, M, experts, generator)
     topk_weights, topk_ids = torch.topk(torch.softmax(scores, dim=-1), topk, dim=-1)
-    return Inputs(hidden_states, topk_weights.contiguous(), topk_ids.int().contiguous(), weights, routing)
+    return topk_weights.contiguous(), topk_ids.int().contiguous()
 
 
 def _scores(routing: str, M: int, experts: int, generator: torch.Generator) -> torch.Tensor:

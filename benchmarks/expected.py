@@ -53,9 +53,9 @@ def references(inputs: Inputs, sample: torch.Tensor | None = None) -> tuple[torc
             x_amax = hidden.abs().amax()
             activated_amax = largest_activation(inputs)
         hidden, topk_weights, ids = hidden[sample], topk_weights[sample], ids[sample]
-    x = torch.stack([_rounded(hidden, per_token, x_amax), hidden.float()])
+    x = torch.stack([rounded(hidden, per_token, x_amax), hidden.float()])
     activated = _activated(w, x, ids)
-    activated[0] = _rounded(activated[0], per_token, activated_amax)
+    activated[0] = rounded(activated[0], per_token, activated_amax)
 
     tokens, topk = ids.shape
     out = torch.zeros((2, tokens, w.w2.shape[1]), device=ids.device)
@@ -82,7 +82,7 @@ def largest_activation(inputs: Inputs) -> torch.Tensor:
         for first in range(0, len(token), _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
             product = (halves[token[part]] @ weights).float().mul_(unit)
-            largest[token[part], slot[part]] = _silu_and_mul(product).abs_().amax(dim=1)
+            largest[token[part], slot[part]] = silu_and_mul(product).abs_().amax(dim=1)
     # float16 leaves an error of 0.1 percent in gates and ups.
     token, slot = torch.nonzero(largest >= 0.99 * largest.max(), as_tuple=True)
     close = halves[token].float().mul_(scale / _HALF_UNIT)
@@ -96,16 +96,17 @@ def _activated(w: Weights, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     for e in torch.unique(ids).tolist():
         token, slot = torch.nonzero(ids == e, as_tuple=True)
         product = x[..., token, :] @ _dequantized(w.w1[e], w.w1_scale[e]).T
-        activated[..., token * topk + slot, :] = _silu_and_mul(product)
+        activated[..., token * topk + slot, :] = silu_and_mul(product)
     return activated
 
 
-def _silu_and_mul(product: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(product: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, ``(..., N)`` for ``product (..., 2N)``."""
     gate, up = product.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def _rounded(x: torch.Tensor, per_token: bool, amax: torch.Tensor | None) -> torch.Tensor:
+def rounded(x: torch.Tensor, per_token: bool, amax: torch.Tensor | None) -> torch.Tensor:
     """``x`` as its codes and scale hold it, float32."""
     codes, scale = quantize(x, per_token, amax)
     return codes.float() * scale
