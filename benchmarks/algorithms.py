@@ -19,7 +19,7 @@ import cupy
 import numpy as np
 
 from benchmarks import cases
-from benchmarks.table import make_header
+from benchmarks.records import make_header
 from cupy_moe import backend, cublaslt
 
 TOKENS = (*cases.TOKENS, 2048, 8192)

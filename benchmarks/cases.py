@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 45 cells of the benchmark: shapes, inputs, the float32 result to check against, the floor of each cell.
+"""The cells of the benchmark: shapes and numbers of tokens, inputs, the floor of each cell.
 
 A shape is ``(E, topk, K, N)``: experts, experts per token, hidden size, intermediate size. A cell is a shape
 and a number of tokens ``M``. Two quantisation schemes: ``"tensor"`` (dynamic per-tensor activations, a scale
-per expert) and ``"token"`` (dynamic per-token activations, a scale per output row of a weight).
+per expert) and ``"token"`` (dynamic per-token activations, a scale per output row of a weight). Two routings:
+``"uniform"`` (random normal scores) and ``"skewed"`` (an expert is drawn with a probability of one over its rank).
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ SHAPES: tuple[Shape, ...] = (
     (40, 8, 1024, 1536),
 )
 TOKENS: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+PREFILL_TOKENS: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+Cells = dict[Shape, list[int]]
+CELLS: dict[str, Cells] = {
+    "all": {shape: list(TOKENS) for shape in SHAPES},
+    "prefill": {shape: list(PREFILL_TOKENS) for shape in SHAPES},
+    "sweep": {SHAPES[2]: [1 << power for power in range(15)]},
+}
 SCHEMES: tuple[str, ...] = ("tensor", "token")
+ROUTINGS: tuple[str, ...] = ("uniform", "skewed")
 FP8_MAX = 448.0
 
 
@@ -49,6 +58,7 @@ class Inputs:
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
     weights: Weights
+    routing: str = "uniform"
 
 
 def scheme_of(w1: torch.Tensor, w2: torch.Tensor, w1_scale: torch.Tensor, w2_scale: torch.Tensor) -> str:
@@ -112,10 +122,11 @@ def make_inputs(
     dtype: str = "float16",
     seed: int = 0,
     *,
+    routing: str = "uniform",
     weights: Weights | None = None,
     device: str = "cuda",
 ) -> Inputs:
-    """Random normal hidden states; random normal scores, softmax over E, the topk largest (not renormalised).
+    """Random normal hidden states; random scores, softmax over E, the topk largest (not renormalised).
 
     Parameters
     ----------
@@ -123,6 +134,7 @@ def make_inputs(
     M : tokens
     scheme : "tensor" or "token", only used where ``weights`` is None
     dtype : name of the torch dtype of ``hidden_states``
+    routing : one of ROUTINGS
     weights : the shape's weights, to share them between cells; None makes them
 
     """
@@ -131,9 +143,30 @@ def make_inputs(
         weights = make_weights(shape, scheme, seed, device)
     generator = torch.Generator(device=device).manual_seed(seed * 1009 + M)
     hidden_states = torch.randn((M, k), generator=generator, device=device).to(getattr(torch, dtype))
-    scores = torch.randn((M, experts), generator=generator, device=device)
+    topk_weights, topk_ids = make_routing(M, topk, experts, generator, routing)
+    return Inputs(hidden_states, topk_weights, topk_ids, weights, routing)
+
+
+def make_routing(
+    M: int, topk: int, experts: int, generator: torch.Generator, routing: str = "uniform"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk_weights`` float32 and ``topk_ids`` int32, ``(M, topk)``, of random scores on the generator's device."""
+    scores = _scores(routing, M, experts, generator)
     topk_weights, topk_ids = torch.topk(torch.softmax(scores, dim=-1), topk, dim=-1)
-    return Inputs(hidden_states, topk_weights.contiguous(), topk_ids.to(torch.int32).contiguous(), weights)
+    return topk_weights.contiguous(), topk_ids.int().contiguous()
+
+
+def _scores(routing: str, M: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing must be one of {ROUTINGS}, got {routing!r}")
+    device = generator.device
+    if routing == "uniform":
+        return torch.randn((M, experts), generator=generator, device=device)
+    # The largest of log(p) + Gumbel noise are draws without replacement with the probabilities p: as in a real layer,
+    # an expert comes at most once per token, and the popular ones stand anywhere.
+    rank = 1 + torch.randperm(experts, generator=generator, device=device)
+    waits = torch.empty((M, experts), device=device).exponential_(generator=generator)
+    return -torch.log(waits.clamp_min(1e-30) * rank)
 
 
 def active_experts(topk_ids: torch.Tensor) -> int:
@@ -165,50 +198,3 @@ def floor_us(
     arithmetic_s = 2 * M * topk * 3 * n * k / fp8_rate
     activation_s = 2 * M * k * activation_bytes / read_rate
     return 1e6 * (max(weight_s, arithmetic_s) + activation_s)
-
-
-def quantize(x: torch.Tensor, per_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 codes of ``x (rows, C)`` and their float32 scale, ``(rows, 1)`` or ``(1,)``, in plain torch."""
-    x = x.float()
-    amax = x.abs().amax(dim=1, keepdim=True) if per_token else x.abs().amax().reshape(1)
-    scale = amax.clamp_min(1e-30) / FP8_MAX
-    return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
-
-
-def references(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer in float32, twice ``(M, K)``: with quantised activations, and without.
-
-    Slow and plain: one expert at a time, weights dequantised. The first result is what an implementation has
-    to give; the second is what the quantisation itself is measured against.
-    """
-    w, ids = inputs.weights, inputs.topk_ids
-    per_token = w.scheme == "token"
-    tokens, topk = ids.shape
-    k, n = w.w2.shape[1:]
-    hidden = inputs.hidden_states.float()
-    codes, scale = quantize(hidden, per_token)
-    x = torch.stack([codes.float() * scale, hidden])
-    rows = {e: torch.nonzero(ids == e, as_tuple=True) for e in torch.unique(ids).tolist()}
-
-    activated = torch.zeros((2, tokens * topk, n), device=ids.device)
-    for e, (token, slot) in rows.items():
-        product = x[:, token] @ _dequantized(w.w1[e], w.w1_scale[e]).T
-        gate, up = product[..., :n], product[..., n:]
-        activated[:, token * topk + slot] = torch.nn.functional.silu(gate) * up
-    codes, scale = quantize(activated[0], per_token)
-    activated[0] = codes.float() * scale
-
-    out = torch.zeros((2, tokens, k), device=ids.device)
-    for e, (token, slot) in rows.items():
-        product = activated[:, token * topk + slot] @ _dequantized(w.w2[e], w.w2_scale[e]).T
-        out[:, token] += inputs.topk_weights[token, slot, None] * product
-    return out[0], out[1]
-
-
-def _dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return codes.float().mul_(scale[:, None] if scale.dim() else scale)
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``."""
-    return float(torch.linalg.vector_norm(value.float() - expected) / torch.linalg.vector_norm(expected))

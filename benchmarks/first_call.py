@@ -8,14 +8,12 @@ self-test), ``experts`` (making an `Experts`) and ``call`` (the first call, comp
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 CHILD = "--child"
@@ -61,12 +59,9 @@ def main() -> int:
     if CHILD in sys.argv:
         print(json.dumps(measure()))
         return 0
-    from benchmarks.table import make_header
+    from benchmarks.records import make_header, make_parser, save
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_call", description=__doc__)
-    parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--commit", help="of this code, where there is no git folder")
-    options = parser.parse_args()
+    options = make_parser("benchmarks.first_call", __doc__).parse_args()
     header = make_header("benchmarks.first_call", sys.argv[1:], out=options.out, commit=options.commit)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
@@ -77,8 +72,7 @@ def main() -> int:
             seconds = json.loads(done.stdout.strip().splitlines()[-1])
             records.append({"device": header["device"], "cache": state, "seconds": seconds})
             print(f"cache {state}: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
-    if options.out:
-        Path(options.out).write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    save(options.out, header, records)
     return 0
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Inputs, Weights, quantize, scheme_of
+from benchmarks.cases import Inputs, Weights, scheme_of
+from benchmarks.expected import quantize
 
 LIBRARIES = ("_C_stable_libtorch.abi3.so", "_moe_C.abi3.so")
 
@@ -102,6 +103,9 @@ def load_vllm_ops(ops_dir: str | None = None) -> None:
 class VllmLayer:
     """vLLM's fp8 MoE layer: operators, order, buffers and helper launches of ``run_cutlass_moe_fp8``.
 
+    All tokens go through in one pass, as in vLLM, whose versions that cut a call into chunks begin at more than
+    16384 tokens.
+
     Parameters
     ----------
     w1, w2 : (E, 2N, K), (E, K, N) float8_e4m3fn CUDA tensors
@@ -135,13 +139,14 @@ class VllmLayer:
         self._kept: dict[tuple[int, torch.dtype], tuple[torch.Tensor, ...]] = {}
 
     def _buffers(self, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Views of two buffers, kept between calls as vLLM's workspace manager keeps them.
+        """Views of two buffers, kept between calls as vLLM's workspace manager keeps them, for one number of rows.
 
         What a buffer holds is consumed before its next view is written: the sorted codes, the activation and
         product 2 share one; product 1 and the activation's codes the other.
         """
         if (rows, dtype) not in self._kept:
             k, n, device = self._k, self._n, self._w1.device
+            self._kept.clear()  # a graph of a call with other rows is done by now
             first = torch.empty(rows * max(2 * n, k), dtype=dtype, device=device)
             second = torch.empty(rows * max(n, k), dtype=dtype, device=device)
             self._kept[rows, dtype] = (

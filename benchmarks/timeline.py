@@ -7,10 +7,7 @@ part in microseconds: route, quantize, gemm1, activation, gemm2 and combine. Gap
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cupy_moe
 from benchmarks import cases
-from benchmarks.table import make_header
+from benchmarks.records import make_header, make_parser, save
 from cupy_moe import pipeline
 
 CALLS, TOKENS = 20, (1, 64, 512, 4096)
@@ -61,9 +58,8 @@ def measure(experts: Any, inputs: cases.Inputs) -> dict[str, float]:
 
 def main() -> int:
     """Run all layers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.timeline", description=__doc__)
-    parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--commit", help="of this code, where there is no git folder")
+    parser = make_parser("benchmarks.timeline", __doc__)
+    parser.add_argument("--backend", help="a name of cupy_moe.backends()")
     options = parser.parse_args()
     header = make_header("benchmarks.timeline", sys.argv[1:], out=options.out, commit=options.commit)
     pipeline.CALLS_BEFORE_REPLAY = sys.maxsize  # the profiler names kernels, not graphs
@@ -72,15 +68,18 @@ def main() -> int:
         for scheme in cases.SCHEMES:
             w = cases.make_weights(shape, scheme)
             experts = cupy_moe.Experts(
-                w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=scheme == "token"
-            )
+                w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=scheme == "token",
+                backend=options.backend,
+            )  # fmt: skip
             for tokens in TOKENS:
                 parts = measure(experts, cases.make_inputs(shape, tokens, scheme, weights=w))
-                records.append({"shape": list(shape), "M": tokens, "scheme": scheme, "us": parts})
+                records.append({
+                    "device": header["device"], "impl": "cupy_moe", "backend": experts.backend, "shape": list(shape),
+                    "M": tokens, "scheme": scheme, "routing": "uniform", "us": parts,
+                })  # fmt: skip
                 text = ", ".join(f"{part} {us:.1f}" for part, us in parts.items())
                 print(*shape, "M", tokens, scheme, text, flush=True)
-    if options.out:
-        Path(options.out).write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+    save(options.out, header, records)
     return 0
 
 

@@ -2,9 +2,9 @@
 """Timing on the GPU by events: CUDA graph replays or eager calls, with the L2 cache warm or cold.
 
 ``us`` is the median over 7 rounds, ``us_min`` and ``us_max`` the fastest and slowest round; a round is the
-mean of 25 calls. Warm: the calls of a round follow one another between two events, so a layer smaller than
-the L2 stays in it. Cold: before each call a buffer larger than the L2 is read, and each call lies between its
-own two events; nothing is subtracted.
+mean of 25 calls, or of fewer where those would take long (`fitting_replays`). Warm: the calls of a round follow
+one another between two events, so a layer smaller than the L2 stays in it. Cold: before each call a buffer larger
+than the L2 is read, and each call lies between its own two events; nothing is subtracted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,26 +27,40 @@ Result = TypeVar("Result")
 
 ROUNDS = 7
 REPLAYS = 25
+BUDGET_US = 50_000
+"""What the rounds of one timing should take together; each has one call at least."""
 # Occupies the GPU (about half a millisecond) while the host queues a round, so that a short graph does not
 # wait for the next launch. Only for graphs: an eager call's wait for the host is part of its time.
 HOLD_CYCLES = 1_000_000
 
-READ_SOURCE = r"""
-// Each thread reads 16 bytes at a time, eight loads in flight; the store only keeps the loads alive.
-extern "C" __global__ void read_all(const uint4* __restrict__ data, unsigned long long count, unsigned* out)
+RATE_SOURCE = r"""
+using u64 = unsigned long long;
+
+// Calls use(index, value) for every 16 bytes; each thread has eight loads in flight.
+template <typename Use> __device__ void for_each(const uint4* __restrict__ data, u64 count, Use use)
 {
-    const unsigned long long step = (unsigned long long)gridDim.x * blockDim.x;
-    unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
-    unsigned mixed = 0;
+    const u64 step = (u64)gridDim.x * blockDim.x;
+    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     for (; i + 7 * step < count; i += 8 * step) {
         uint4 v[8];
         #pragma unroll
         for (int j = 0; j < 8; ++j) v[j] = data[i + j * step];
         #pragma unroll
-        for (int j = 0; j < 8; ++j) mixed ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+        for (int j = 0; j < 8; ++j) use(i + j * step, v[j]);
     }
-    for (; i < count; i += step) mixed ^= data[i].x ^ data[i].y ^ data[i].z ^ data[i].w;
-    if (mixed == 0x9e3779b9u) *out = mixed;
+    for (; i < count; i += step) use(i, data[i]);
+}
+
+extern "C" __global__ void read_all(const uint4* __restrict__ data, u64 count, unsigned* out)
+{
+    unsigned mixed = 0;
+    for_each(data, count, [&](u64, uint4 v) { mixed ^= v.x ^ v.y ^ v.z ^ v.w; });
+    if (mixed == 0x9e3779b9u) *out = mixed;  // only keeps the loads alive
+}
+
+extern "C" __global__ void copy_all(const uint4* __restrict__ data, u64 count, uint4* __restrict__ out)
+{
+    for_each(data, count, [&](u64 i, uint4 v) { out[i] = v; });
 }
 """
 
@@ -57,6 +72,10 @@ class Timing:
     us: float
     us_min: float
     us_max: float
+
+    def per(self, count: int) -> Timing:
+        """That of one of ``count`` equal parts."""
+        return Timing(self.us / count, self.us_min / count, self.us_max / count)
 
 
 def _summary(rounds: list[float]) -> Timing:
@@ -99,12 +118,22 @@ def time_warm(
     return _summary(times)
 
 
+def fitting_replays(call: Callable[[], object]) -> int:
+    """Calls per round, `REPLAYS` or as many as stay within `BUDGET_US` but one at least."""
+    us = time_warm(call, hold=True, rounds=1, replays=1).us
+    return max(1, min(REPLAYS, int(BUDGET_US / ROUNDS / us)))
+
+
+def l2_bytes() -> int:
+    """Size of the L2 cache."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
 class L2Flush:
     """Reads a buffer of four times the L2: reading leaves no dirty lines for the timed call to write back."""
 
     def __init__(self) -> None:
-        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._buffer = torch.zeros(size, dtype=torch.float32, device="cuda")  # 4 bytes each
+        self._buffer = torch.zeros(l2_bytes(), dtype=torch.float32, device="cuda")  # 4 bytes each
         self._out = torch.empty((), device="cuda")
 
     def __call__(self) -> None:
@@ -147,27 +176,43 @@ def host_us(call: Callable[[], object], calls: int = 30, rounds: int = 3) -> flo
     return best
 
 
-def measure_read_rate(size: int = 1 << 32) -> float:
-    """Read rate of device memory in bytes/s: the best of several launches over a buffer of ``size`` bytes."""
+def measure_memory_rates(size: int = 1 << 32) -> dict[str, float]:
+    """Rates of device memory in bytes/s, each the best of several launches.
+
+    ``size`` bytes are read and written, and one half of them copied to the other, which counts both. Torch's own
+    operations run too, in case they are faster.
+    """
+    data = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
+    source, target = data.chunk(2)
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    as_float = data.view(torch.float32)
+    calls: dict[str, list[Callable[[], object]]] = {
+        "read_bytes_s": [*_in_several_grids("read_all", data, out), as_float.sum],
+        "copy_bytes_s": [*_in_several_grids("copy_all", source, target), lambda: target.copy_(source)],
+        "write_bytes_s": [data.zero_, lambda: data.fill_(1)],
+    }
+    return {name: size / (min(map(_best_us, of)) * 1e-6) for name, of in calls.items()}
+
+
+def _best_us(call: Callable[[], object]) -> float:
+    call()
+    return time_warm(call, hold=True, rounds=3, replays=3).us_min
+
+
+def _in_several_grids(name: str, data: torch.Tensor, out: torch.Tensor) -> list[Callable[[], object]]:
+    """Launches of a kernel of `RATE_SOURCE` over all of ``data``."""
     import cupy
 
-    data = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device="cuda")
-    out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    kernel = cupy.RawKernel(READ_SOURCE, "read_all")
+    kernel = cupy.RawKernel(RATE_SOURCE, name)
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     stream = arrays.cupy_stream(torch.cuda.current_stream().cuda_stream)
-    pointers = (cupy.uint64(data.data_ptr()), cupy.uint64(size // 16), cupy.uint64(out.data_ptr()))
-    best = 0.0
-    for threads, blocks in ((256, 8), (512, 4), (1024, 2), (512, 16)):
+    pointers = (cupy.uint64(data.data_ptr()), cupy.uint64(data.nbytes // 16), cupy.uint64(out.data_ptr()))
 
-        def read(threads: int = threads, blocks: int = processors * blocks) -> None:
-            with stream:
-                kernel((blocks,), (threads,), pointers)
+    def launch(threads: int, blocks: int) -> None:
+        with stream:
+            kernel((processors * blocks,), (threads,), pointers)
 
-        read()
-        best = max(best, size / (time_warm(read, hold=True, rounds=3, replays=3).us_min * 1e-6))
-    as_float = data.view(torch.float32)  # torch's own reduction, in case it is faster
-    return max(best, size / (time_warm(as_float.sum, hold=True, rounds=3, replays=3).us_min * 1e-6))
+    return [partial(launch, *grid) for grid in ((256, 8), (512, 4), (1024, 2), (512, 16))]
 
 
 def measure_fp8_rate(size: int = 8192) -> float:

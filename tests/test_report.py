@@ -1,29 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README and docs/performance.md say of speed is what the files of results say."""
 
-import importlib.util
 import json
-from pathlib import Path
+import re
+import shutil
+import sys
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import report, summary
+
+ROOT, RESULTS = summary.ROOT, summary.RESULTS
+TEXTS = {"README.md": report.section, "docs/performance.md": report.details}
 
 
-@pytest.fixture(scope="module")
-def report():
-    loaded = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(("name", "part"), [("README.md", "section"), ("docs/performance.md", "details")])
-def test_text_is_that_of_the_results(report, name, part):
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_is_that_of_the_results(name):
     text = (ROOT / name).read_text()
     inside = text[text.index(report.BEGIN) + len(report.BEGIN) : text.index(report.END)]
-    assert inside.strip() == getattr(report, part)(), "run: python -m benchmarks.report"
+    assert inside.strip() == TEXTS[name](), "run: python -m benchmarks.report"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_pictures_are_there_and_small(name):
+    paths = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / name).read_text())
+    assert paths
+    for path in paths:
+        assert 0 < ((ROOT / name).parent / path).stat().st_size < 150_000, path
+
+
+SOURCES = {
+    "speedup.png": (summary.TABLE, summary.PREFILL), "floor.png": (summary.TABLE, summary.PREFILL, summary.SWEEP),
+    "parts.png": (summary.TIMELINE,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_pictures_are_those_of_the_results(name):
+    picture = (ROOT / "docs" / "images" / name).read_bytes()
+    assert summary.digests(SOURCES[name]).encode() in picture, "with matplotlib, run: python -m benchmarks.report"
+
+
+def test_report_without_matplotlib(monkeypatch, tmp_path, capsys):
+    for name in TEXTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main() == 0
+    assert "matplotlib cannot be imported" in capsys.readouterr().out
+    for name in TEXTS:
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
+
+
+@pytest.fixture
+def more_results(monkeypatch, tmp_path):
+    """Results of every kind, made up from the real table: skewed routing, a second backend, prefill, a sweep, steps."""
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
+    content = json.loads((RESULTS / summary.TABLE).read_text())
+    uniform = [record for record in content["records"] if record["routing"] == "uniform"]
+    plain = [record for record in uniform if (record["mode"], record["l2"]) == ("graph", "warm")]
+
+    def save(name, records, **rates):
+        header = {**content["header"], "rates": {**content["header"]["rates"], **rates}}
+        (tmp_path / name).write_text(json.dumps({"header": header, "records": records, "failures": []}))
+
+    skewed = [{**record, "routing": "skewed", "us": 2 * record["us"]} for record in plain]
+    other = [{**record, "backend": "other"} for record in plain if record["impl"] == "cupy_moe"]
+    save(summary.TABLE, uniform + skewed + other)
+    large = [{**record, "M": 32 * record["M"]} for record in plain if record["M"] >= 32]
+    save(summary.PREFILL, [*large, *({**record, "impl": "torch", "backend": "gemms"} for record in large)])
+    save(summary.SWEEP, [{**record, "M": 3 * record["M"]} for record in plain if record["shape"][0] == 64])
+    steps = [{**record, "step": "route", "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M}
+             for record in plain[:1] for l2, M in (("warm", 64), ("cold", 1024))]  # fmt: skip
+    save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+
+
+def test_report_of_everything(more_results):
+    text, more = report.section(), report.details()
+    assert "| M = 512 | M = 4096 |" in text
+    assert "| prefill, M from 1024 to 16384 | uniform | warm | tensor |" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| 45 cells | skewed | warm | token |"))
+    over = summary.mean(summary.over_floor(summary.cells(summary.TABLE, scheme="token")).values())
+    assert line.endswith(f" | {2 * over:.2f} |")
+    assert " us | other us | vLLM / cupy_moe | cold L2 | skewed routing | scales per token | floor us |" in more
+    assert "torch (the two GEMMs alone) us" in more
+    assert "## One layer with 1 to 16384 tokens" in more
+    assert "GB/s, 40 %" in more
+
+
+def test_plots(more_results, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    assert {name: sources for name, (_, sources) in plots.PLOTS.items()} == SOURCES
+    plots.draw_all(tmp_path / "images")
+    for name in SOURCES:
+        picture = (tmp_path / "images" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 150_000
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
@@ -36,11 +112,15 @@ def test_results_say_where_they_come_from(path):
     assert content["records"]
 
 
-def test_records_of_the_table():
-    content = json.loads((RESULTS / "table_h100.json").read_text())
+COUNTS = {summary.TABLE: 45, summary.PREFILL: 25, summary.SWEEP: 15}
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if (RESULTS / name).exists()])
+def test_records_of_the_cells(name):
+    content = json.loads((RESULTS / name).read_text())
     keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
             "floor_us", "err"}  # fmt: skip
     assert all(keys <= record.keys() for record in content["records"])
     assert not content["failures"]
     cells = {(*record["shape"], record["M"]) for record in content["records"] if record["impl"] == "cupy_moe"}
-    assert len(cells) == 45
+    assert len(cells) == COUNTS[name]

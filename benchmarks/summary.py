@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report and its plots read from ``benchmarks/results``; a file that is missing has no records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE, PREFILL, SWEEP = "table_h100.json", "prefill_h100.json", "sweep_h100.json"
+TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
+PRECISION = "precision_h100.json"
+
+Cells = dict[tuple[int, ...], dict[str, dict[str, Any]]]
+"""(E, topk, K, N, M) to the record of each implementation."""
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of results."""
+    path = RESULTS / name
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"header": {}, "records": []}
+    return content
+
+
+def digests(names: Iterable[str]) -> str:
+    """Which contents of which files something was made from."""
+    found = {name: (RESULTS / name).read_bytes() for name in names if (RESULTS / name).exists()}
+    return " ".join(f"{name}:{hashlib.sha256(content).hexdigest()[:16]}" for name, content in found.items())
+
+
+def mean(values: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def cells(
+    *names: str, scheme: str = "tensor", routing: str = "uniform", mode: str = "graph", l2: str = "warm"
+) -> Cells:  # fmt: skip
+    """The records of one kind in these files, cell by cell.
+
+    Of several backends of cupy_moe in a cell, the first to be measured goes by that name, others by their own. Of
+    cells in several files, those of the first file count.
+    """
+    wanted = {"scheme": scheme, "routing": routing, "mode": mode, "l2": l2}
+    found: Cells = {}
+    for name in names:
+        of_file: Cells = {}
+        for record in load(name)["records"]:
+            if all(record[key] == value for key, value in wanted.items()):
+                cell = of_file.setdefault((*record["shape"], record["M"]), {})
+                cell[record["backend"] if record["impl"] in cell else record["impl"]] = record
+        found |= {key: cell for key, cell in of_file.items() if key not in found}
+    return found
+
+
+def speedups(of: Cells) -> dict[tuple[int, ...], float]:
+    """Time of vLLM over that of cupy_moe, where both were measured."""
+    both = {key: cell for key, cell in of.items() if {"vllm", "cupy_moe"} <= cell.keys()}
+    return {key: cell["vllm"]["us"] / cell["cupy_moe"]["us"] for key, cell in both.items()}
+
+
+def over_floor(of: Cells, name: str = "cupy_moe") -> dict[tuple[int, ...], float]:
+    """Time of an implementation over the floor."""
+    return {key: cell[name]["us"] / cell[name]["floor_us"] for key, cell in of.items() if name in cell}

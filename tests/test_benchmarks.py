@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks as far as they go without a GPU: cells, routing, the checks, and a run with the clock taken out."""
+
+import argparse
+import functools
+import json
+from unittest import mock
+
+import pytest
+from test_compile import FakeKernel
+
+import cupy_moe
+from cupy_moe import compiler, launches
+
+torch = pytest.importorskip("torch")
+
+from benchmarks import cases, expected, records, steps, table, timing  # noqa: E402
+
+SHAPE = (6, 3, 128, 96)
+
+
+def make(M, scheme="tensor", routing="uniform"):
+    weights = cases.make_weights(SHAPE, scheme, device="cpu")
+    return cases.make_inputs(SHAPE, M, routing=routing, weights=weights, device="cpu")
+
+
+def test_cells():
+    assert sum(map(len, cases.CELLS["all"].values())) == 45
+    prefill = table.parse_cells("prefill")
+    assert tuple(prefill) == cases.SHAPES
+    assert all(tokens == [1024, 2048, 4096, 8192, 16384] for tokens in prefill.values())
+    assert table.parse_cells("sweep") == {(64, 6, 2048, 1408): [2**i for i in range(15)]}
+    assert table.parse_cells("3,2:64,2:7") == {cases.SHAPES[3]: list(cases.TOKENS), cases.SHAPES[2]: [64, 7]}
+
+
+@pytest.mark.parametrize("text", ["everything", "5", "1:x", "-1", ""])
+def test_wrong_cells(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="all,prefill,sweep"):
+        table.parse_cells(text)
+
+
+def test_options():
+    options = table.parse_arguments(["--backends", "cublaslt,other", "--routing", "uniform,skewed"])
+    assert options.backends == ["cublaslt", "other"]
+    assert options.routing == ["uniform", "skewed"]
+    options = table.parse_arguments([])
+    assert options.backends == ["auto"]
+    assert options.cells == cases.CELLS["all"]
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_routing(routing):
+    inputs = make(4000, routing=routing)
+    ids = inputs.topk_ids
+    assert inputs.routing == routing
+    assert ((ids >= 0) & (ids < SHAPE[0])).all()
+    assert all(len(set(row)) == SHAPE[1] for row in ids[:200].tolist())
+    first = torch.bincount(ids[:, 0].long(), minlength=SHAPE[0]).sort(descending=True).values / len(ids)
+    want = torch.full((6,), 1 / 6) if routing == "uniform" else 1 / torch.arange(1.0, 7.0) / 2.45
+    torch.testing.assert_close(first, want, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_references_are_those_of_the_package(scheme):
+    x = make(40, scheme)
+    w = x.weights
+    options = {"w1_scale": w.w1_scale, "w2_scale": w.w2_scale, "per_act_token": scheme == "token"}
+    hidden = x.hidden_states.float()
+    got = cupy_moe.fused_experts(hidden, w.w1, w.w2, x.topk_weights, x.topk_ids, **options)
+    assert expected.relative_error(got, expected.references(x)[0]) < 1e-3
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_sample_is_part_of_the_whole(scheme, routing):
+    x = make(700, scheme, routing)
+    sample = expected.sample_of(700, "cpu")
+    assert len(set(sample.tolist())) == expected.SAMPLE
+    for part, whole in zip(expected.references(x, sample), expected.references(x), strict=True):
+        assert expected.relative_error(part, whole[sample]) < 1e-4
+    assert expected.sample_of(512, "cpu") is None
+
+
+def test_largest_activation_is_exact():
+    x = make(300)
+    codes, scale = expected.quantize(x.hidden_states, per_token=False)
+    activated = [
+        expected.silu_and_mul((codes[t].float() * scale) @ (x.weights.w1[e].float() * x.weights.w1_scale[e]).T)
+        for t in range(300) for e in x.topk_ids[t].tolist()
+    ]  # fmt: skip
+    torch.testing.assert_close(expected.largest_activation(x), torch.stack(activated).abs().max(), rtol=1e-5, atol=0)
+
+
+class Graph:
+    """A CUDA graph that is not one."""
+
+    def __init__(self, call):
+        self.replay = call
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    """Everything but the GPU: the package's reference runs in place of its kernels."""
+    monkeypatch.setattr(cases, "make_weights", functools.partial(cases.make_weights, device="cpu"))
+    monkeypatch.setattr(cases, "make_inputs", functools.partial(cases.make_inputs, device="cpu"))
+    monkeypatch.setitem(cases.CELLS, "all", {SHAPE: [5, 600]})
+    monkeypatch.setattr(timing, "capture", lambda call: (Graph(call), call()))
+    monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(10.0, 9.0, 11.0))
+    monkeypatch.setattr(timing, "time_cold", lambda call, flush, **_: timing.Timing(20.0, 19.0, 21.0))
+    monkeypatch.setattr(timing, "host_us", lambda call: 3.0)
+    monkeypatch.setattr(timing, "L2Flush", lambda: None)
+    rates = {"read_bytes_s": 3e12, "write_bytes_s": 3e12, "copy_bytes_s": 3e12}
+    monkeypatch.setattr(timing, "measure_memory_rates", lambda: rates)
+    monkeypatch.setattr(timing, "measure_fp8_rate", lambda: 1.5e15)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(timing, "clocks", lambda: {"driver_version": "none"})
+
+
+def test_table(no_clock, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    asked = "--schemes tensor,token --routing uniform,skewed --modes graph,eager --l2 warm,cold --backends auto,none"
+    peers = ["--impls", "cupy_moe,vllm", "--vllm-ops", str(tmp_path / "ops")]
+    assert table.main([*asked.split(), *peers, "--out", str(out), "--commit", "0" * 40]) == 1
+    content = json.loads(out.read_text())
+    assert {failure["reason"].split(":")[0] for failure in content["failures"]} == {"ValueError"}  # no such backend
+    assert content["header"]["skipped"].keys() == {"vllm"}
+    assert "--vllm-ops DIR --out FILE.json" in content["header"]["command"]
+    keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
+            "floor_us", "err"}  # fmt: skip
+    assert all(keys <= record.keys() for record in content["records"])
+    assert all(record["err"] < 1e-2 < record["err_unquantized"] < 1e-1 for record in content["records"])
+    # 2 cells and 2 schemes: uniform in 2 modes and 2 states of the L2, skewed in one of each
+    assert len(content["records"]) == 2 * 2 * (4 + 1)
+    assert "auto" not in {record["backend"] for record in content["records"]}
+    assert "tensor skewed graph warm" in capsys.readouterr().out
+
+
+def test_a_call_that_takes_long_is_repeated_less(monkeypatch):
+    for us, replays in ((10.0, timing.REPLAYS), (1000.0, 7), (1e6, 1)):
+        monkeypatch.setattr(timing, "time_warm", lambda call, us=us, **_: timing.Timing(us, us, us))
+        assert timing.fitting_replays(None) == replays
+
+
+def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
+    assert arguments.keys() == kernel.parameters.keys()
+    return mock.Mock(kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("build", "scheme"), [(build, scheme) for build, schemes in steps.STEPS for scheme in schemes],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)  # fmt: skip
+def test_steps(build, scheme):
+    case = steps.Case(SHAPE, 70, device="cpu")
+    with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch):
+        step = build(case, scheme)
+    assert len(step.launches) == (2 if scheme == "tensor" and build is not steps.combine else 1)
+    got, want = step.got(), step.want()
+    assert got.shape == want.shape
+    assert want.isfinite().all()
+    assert expected.relative_error(want, want) == 0
+    assert all(nbytes > 0 for nbytes in step.nbytes())
+
+
+def test_sets_of_arrays():
+    l2 = 50 << 20
+    assert steps.sets_of(1 << 30, l2) == (2, "cold")
+    assert steps.sets_of(10 << 20, l2) == (20, "cold")
+    assert steps.sets_of(4 << 20, l2) == (3, "warm")
+    assert steps.sets_of(1000, l2) == (steps.MOST_SETS, "warm")
+
+
+def test_file_of_records(tmp_path):
+    out = tmp_path / "x.json"
+    records.save(str(out), {"device": "none", "skipped": {}}, [{"M": 1}, {"M": 2}], failures=[])
+    want = {"header": {"device": "none", "skipped": {}}, "failures": [], "records": [{"M": 1}, {"M": 2}]}
+    assert json.loads(out.read_text()) == want
+    records.save(None, {}, [])
