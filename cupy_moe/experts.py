@@ -9,6 +9,7 @@ from typing import Any
 from cupy_moe import arrays, checks, driver, reference, spec, validation
 from cupy_moe import backend as backend_choice
 from cupy_moe.arrays import Array
+from cupy_moe.buffers import Buffers
 from cupy_moe.launches import Matrix
 from cupy_moe.pipeline import Addresses, CallShape, Layer, Plan, row_scale
 from cupy_moe.spec import Call, LayerSpec, Operand
@@ -158,6 +159,22 @@ class Experts:
             counts = {"expert_num_tokens": expert_num_tokens}
             return self._run_reference(reference.batched, hidden_states, counts, call, out)
         return self._run(call, out)
+
+    def workspace_nbytes(self, M: int, topk: int) -> int:
+        """Bytes of scratch memory that a call takes, from a `Workspace`.
+
+        Parameters
+        ----------
+        M, topk
+            Tokens and experts per token; for `batched`, E * max_tokens and 1.
+
+        Returns
+        -------
+        int
+            0 where the reference runs.
+        """
+        rows = checks.count("M", M, 0) * checks.count("topk", topk, 1)
+        return 0 if self._backend == "reference" else Buffers(self._layer, rows).nbytes
 
     def _run(self, call: Call, out: Any) -> Any:
         """Enqueue a call on the GPU: look up its launches, set the addresses that change, launch."""

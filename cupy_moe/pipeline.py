@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_moe import launches, replay
+from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.driver import Launch
 from cupy_moe.grouped_gemm import GroupedGemm
-from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, Tables, WeightScale
+from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
-from cupy_moe.workspace import Carver, Workspace, dedicated
+from cupy_moe.workspace import Workspace, dedicated
 
-FINE_ELEMENTS = 1 << 20
-"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 CALLS_BEFORE_REPLAY = 2
 """Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
 
@@ -103,34 +102,12 @@ class Layer:
         return int(padded.data.ptr)
 
 
-class Buffers:
-    """The intermediates of a call, laid out one after another from an address on."""
-
-    def __init__(self, layer: Layer, shape: CallShape, base: int = 0) -> None:
-        carver = Carver(base)
-        rows = shape.rows
-        self.x = Matrix(carver.take(rows * layer.hidden), layer.hidden, "uint8")
-        # GEMM 1's product is quantised again, which turns its rounding into flipped codes: small ones stay float32.
-        dtype, itemsize = ("float32", 4) if rows * layer.product <= FINE_ELEMENTS else ("float16", 2)
-        self.product = Matrix(carver.take(rows * layer.product * itemsize), layer.product, dtype)
-        self.a = Matrix(carver.take(rows * layer.intermediate), layer.intermediate, "uint8")
-        self.y = Matrix(carver.take(rows * layer.hidden * 2), layer.hidden, "float16")
-        self.x_scales = carver.take(rows * 4)
-        self.a_scales = carver.take(rows * 4)
-        self.maps = Maps(
-            layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
-            carver.take(rows * 4),
-        )
-        self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
-        self.nbytes = carver.used
-
-
 class Plan:
     """The launches of one shape of call."""
 
     def __init__(self, layer: Layer, shape: CallShape, workspace: Workspace) -> None:
         self.layer, self.shape = layer, shape
-        self.buffers = Buffers(layer, shape, workspace.reserve(Buffers(layer, shape).nbytes, layer.device))
+        self.buffers = Buffers(layer, shape.rows, workspace.reserve(Buffers(layer, shape.rows).nbytes, layer.device))
         self.generation = workspace.generation
         self.ready = shape.hidden.dtype in FP8
         tables = [table.data.ptr for table in layer.pointers]

@@ -192,6 +192,30 @@ def test_backend_that_the_arrays_cannot_run_on():
         Experts(**layer_arguments(), backend="cublaslt")
 
 
+# method, its arguments, the argument that the message names, exception, what the message contains
+WRONG_SIZES = [
+    ("workspace_nbytes", {"M": -1, "topk": 2}, "M", ValueError, ("at least 0", "got -1")),
+    ("workspace_nbytes", {"M": 1.0, "topk": 2}, "M", TypeError, ("integer", "got 1.0")),
+    ("workspace_nbytes", {"M": None, "topk": 2}, "M", TypeError, ("integer", "got None")),
+    ("workspace_nbytes", {"M": 8, "topk": 0}, "topk", ValueError, ("at least 1", "got 0")),
+    ("workspace_nbytes", {"M": 8, "topk": "2"}, "topk", TypeError, ("integer", "got '2'")),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "name", "kind", "parts"), WRONG_SIZES,
+    ids=[f"{case[0]} {' '.join(map(_name, case[1].values()))}" for case in WRONG_SIZES],
+)  # fmt: skip
+def test_wrong_size(method, options, name, kind, parts):
+    assert_rejected(kind, name, parts, getattr(Experts(**layer_arguments()), method), **options)
+
+
+def test_sizes_of_the_reference():
+    """It takes no scratch memory."""
+    experts = Experts(**layer_arguments())
+    assert experts.workspace_nbytes(64, 2) == experts.workspace_nbytes(M=0, topk=100) == 0
+
+
 @pytest.mark.parametrize("name", ["w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias",
                                   "expert_map"])  # fmt: skip
 @pytest.mark.parametrize("first", ["numpy", "torch"])
