@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from cupy_moe import arrays, checks, driver, reference, spec, validation
+from cupy_moe import arrays, checks, driver, reference, spec, tuning, validation
 from cupy_moe import backend as backend_choice
 from cupy_moe.arrays import Array
 from cupy_moe.buffers import Buffers
@@ -176,13 +176,53 @@ class Experts:
         rows = checks.count("M", M, 0) * checks.count("topk", topk, 1)
         return 0 if self._backend == "reference" else Buffers(self._layer, rows).nbytes
 
+    def tune(self, M: int | Sequence[int] | None = None, *, topk: int) -> dict[str, tuning.Record]:
+        """Time the algorithms of both GEMMs on this layer's weights, and take the fastest from now on.
+
+        They are kept in a file too, in the folder CUPY_MOE_CACHE_DIR or else in ``cupy_moe`` in the user's folder of
+        caches, for other processes with the same device, cuBLASLt and shape. What is not tuned runs a good default.
+        Results may change by their rounding. CUDA graphs captured before stay as they are. Takes seconds, and memory
+        beside the workspace.
+
+        Parameters
+        ----------
+        M
+            Numbers of tokens, each for all with the same power of two of rows; None: 1, 2, 4, ... 4096.
+        topk
+            Experts per token, which are drawn uniformly. For `batched` 1, and E * max_tokens as ``M``.
+
+        Returns
+        -------
+        dict
+            What was found, by its key: the choice, its microseconds, and those of the default. Empty where the
+            reference runs.
+
+        Raises
+        ------
+        RuntimeError
+            While a CUDA graph is being captured.
+        """
+        own = self._spec
+        tokens = tuning.tokens_of("M", M)
+        topk = checks.count("topk", topk, 1, own.expert_map.info.shape[0] if own.expert_map else own.num_experts)
+        records: dict[str, tuning.Record] = {}
+        if self._backend == "reference":
+            return records
+        with self._workspace.lock, arrays.numeric_scope(own.library, own.device):
+            if driver.is_capturing(own.library.stream(own.device)):
+                raise RuntimeError("Experts.tune cannot run while a CUDA graph is being captured; call it before")
+            for each in tokens:
+                records = {**self._layer.tune(each, topk, self._workspace), **records}
+        tuning.CACHE.store(records)
+        return records
+
     def _run(self, call: Call, out: Any) -> Any:
         """Enqueue a call on the GPU: look up its launches, set the addresses that change, launch."""
         library, device = self._spec.library, self._spec.device
         with self._workspace.lock, arrays.on_device(device):
             signature = call.signature()
             plan = self._plans.get(signature)
-            if plan is None or plan.generation != self._workspace.generation:
+            if plan is None or plan.generation != self._workspace.generation or plan.tuned != tuning.CACHE.generation:
                 plan = self._prepare(signature, call)
             if out is None:
                 out = library.empty(call.hidden.shape, plan.shape.out.dtype, device)

@@ -125,7 +125,7 @@ def test_docstrings(name):
         assert re.search(r"\((M|E|rows|E \+ 1),", text), f"{name} names no shape"
 
 
-METHODS = ["Experts.__call__", "Experts.batched", "Experts.workspace_nbytes"]
+METHODS = ["Experts.__call__", "Experts.batched", "Experts.tune", "Experts.workspace_nbytes"]
 PARAMETERS = [*(set(TAKE_ARRAYS) - {"Routing", "fused_experts"}), *METHODS, "backends"]
 
 
