@@ -130,6 +130,11 @@ class Context:
         self.handle = ctypes.c_void_p()
         self.call("cublasLtCreate", ctypes.byref(self.handle))
 
+    @property
+    def version(self) -> str:
+        """Version of the library."""
+        return ".".join(map(str, self.found.version or ()))
+
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library and raise `CublasError` unless it succeeds."""
         status = getattr(self.library, name)(*arguments)

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public layer: `Experts`, which calculates once what it can, and `fused_experts`, one call."""
+"""The public layer: `Experts`, which calculates once what it can."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from cupy_moe import arrays, checks, driver, reference, spec, validation
+from cupy_moe import arrays, checks, driver, reference, spec, tuning, validation
 from cupy_moe import backend as backend_choice
 from cupy_moe.arrays import Array
+from cupy_moe.buffers import Buffers
 from cupy_moe.launches import Matrix
 from cupy_moe.pipeline import Addresses, CallShape, Layer, Plan, row_scale
 from cupy_moe.spec import Call, LayerSpec, Operand
 from cupy_moe.workspace import Workspace
 
 PLANS_KEPT = 256
-LAYERS_KEPT = 128
 
 
 class Experts:
@@ -162,13 +160,69 @@ class Experts:
             return self._run_reference(reference.batched, hidden_states, counts, call, out)
         return self._run(call, out)
 
+    def workspace_nbytes(self, M: int, topk: int) -> int:
+        """Bytes of scratch memory that a call takes, from a `Workspace`.
+
+        Parameters
+        ----------
+        M, topk
+            Tokens and experts per token; for `batched`, E * max_tokens and 1.
+
+        Returns
+        -------
+        int
+            0 where the reference runs.
+        """
+        rows = checks.count("M", M, 0) * checks.count("topk", topk, 1)
+        return 0 if self._backend == "reference" else Buffers(self._layer, rows).nbytes
+
+    def tune(self, M: int | Sequence[int] | None = None, *, topk: int) -> dict[str, tuning.Record]:
+        """Time the algorithms of both GEMMs on this layer's weights, and take the fastest from now on.
+
+        They are kept in a file too, in the folder CUPY_MOE_CACHE_DIR or else in ``cupy_moe`` in the user's folder of
+        caches, for other processes with the same device, cuBLASLt and shape. What is not tuned runs a good default.
+        Results may change by their rounding. CUDA graphs captured before stay as they are. Takes seconds, and memory
+        beside the workspace.
+
+        Parameters
+        ----------
+        M
+            Numbers of tokens, each for all with the same power of two of rows; None: 1, 2, 4, ... 4096.
+        topk
+            Experts per token, which are drawn uniformly. For `batched` 1, and E * max_tokens as ``M``.
+
+        Returns
+        -------
+        dict
+            What was found, by its key: the choice, its microseconds, and those of the default. Empty where the
+            reference runs.
+
+        Raises
+        ------
+        RuntimeError
+            While a CUDA graph is being captured.
+        """
+        own = self._spec
+        tokens = tuning.tokens_of("M", M)
+        topk = checks.count("topk", topk, 1, own.expert_map.info.shape[0] if own.expert_map else own.num_experts)
+        records: dict[str, tuning.Record] = {}
+        if self._backend == "reference":
+            return records
+        with self._workspace.lock, arrays.numeric_scope(own.library, own.device):
+            if driver.is_capturing(own.library.stream(own.device)):
+                raise RuntimeError("Experts.tune cannot run while a CUDA graph is being captured; call it before")
+            for each in tokens:
+                records = {**self._layer.tune(each, topk, self._workspace), **records}
+        tuning.CACHE.store(records)
+        return records
+
     def _run(self, call: Call, out: Any) -> Any:
         """Enqueue a call on the GPU: look up its launches, set the addresses that change, launch."""
         library, device = self._spec.library, self._spec.device
         with self._workspace.lock, arrays.on_device(device):
             signature = call.signature()
             plan = self._plans.get(signature)
-            if plan is None or plan.generation != self._workspace.generation:
+            if plan is None or plan.generation != self._workspace.generation or plan.tuned != tuning.CACHE.generation:
                 plan = self._prepare(signature, call)
             if out is None:
                 out = library.empty(call.hidden.shape, plan.shape.out.dtype, device)
@@ -229,70 +283,7 @@ class Experts:
         return out
 
 
-def fused_experts(
-    hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *, w1_scale: Any, w2_scale: Any,
-    a1_scale: Any = None, a2_scale: Any = None, per_act_token: bool = False, activation: str = "silu",
-    w1_bias: Any = None, w2_bias: Any = None, expert_map: Any = None, apply_router_weight_on_input: bool = False,
-    out: Any = None, out_dtype: Any = None, backend: str | None = None, validate: bool = False,
-) -> Any:
-    """Run one MoE layer: the arguments of `Experts` and of its call in one.
-
-    What depends on the weights alone is found again for the same arrays, so repeated calls cost little more than those
-    of `Experts`; the arrays themselves are not kept. Where K or N is no multiple of 16, each call copies the weights
-    into padded ones: make an `Experts` for those. Calls on one stream share their scratch memory.
-
-    Returns
-    -------
-    array (M, K) of the kind of ``hidden_states``
-    """
-    names = (
-        "w1", "w2", "w1_scale", "w2_scale", "a2_scale", "per_act_token", "activation", "w1_bias", "w2_bias",
-        "expert_map", "apply_router_weight_on_input", "out_dtype", "validate",
-    )
-    given = locals()
-    options = {name: given[name] for name in names}
-    ready = _is_fp8(hidden_states)
-    checked = spec.layer_spec(**options, a1_scale=None if ready else a1_scale)
-    experts = _cached_experts(checked, backend)
-    return experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
-
-
-_layers_lock = threading.Lock()
-_Key = tuple[tuple[int, int], str | None, LayerSpec]  # (device, stream), backend, addresses and options
-_layers: OrderedDict[_Key, Experts] = OrderedDict()
-_workspaces: dict[tuple[int, int], Workspace] = {}
-
-
-def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
-    """The `Experts` made earlier for the same addresses and options, if it holds no copy of their contents."""
-    if checked.device == arrays.CPU or backend == "reference":
-        return Experts._of(checked, backend, None)
-    place = checked.device, checked.library.stream(checked.device)
-    key = (place, backend, checked.without_arrays())
-    with _layers_lock:
-        if key not in _layers and driver.is_capturing(place[1]):
-            # Captures run on streams of their own: what the calls before the capture made is what this graph takes.
-            key = next((other for other in _layers if other[1:] == key[1:] and other[0][0] == place[0]), key)
-        experts = _layers.get(key)
-        if experts is not None:
-            _layers.move_to_end(key)
-            return experts
-        experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
-        if experts._layer.copies:
-            return experts
-        experts._spec = checked.without_arrays()
-        _layers[key] = experts
-        if len(_layers) > LAYERS_KEPT:
-            _layers.popitem(last=False)
-        return experts
-
-
 def _matrix(x: Array) -> Matrix:
     """Rows of an array, with its alignment for an address: what the choice of a kernel depends on."""
     pitch = x.shape[-1] if len(x.shape) != 2 or x.shape[0] <= 1 else x.strides[0]
     return Matrix(x.pointer % 16, pitch, x.dtype)
-
-
-def _is_fp8(x: Any) -> bool:
-    library = arrays.library_of(x)
-    return library is not None and checks.info("hidden_states", x, library).dtype in checks.FP8

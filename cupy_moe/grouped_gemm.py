@@ -9,32 +9,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_moe import tuning
 from cupy_moe.cublaslt import ALIGNMENT, Algorithm, Context, GroupedMatmul
+from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
 Prepared = Callable[[int], None]
 """A prepared matmul: called with the stream."""
 
 
-class Preference(NamedTuple):
-    """An algorithm for a range of rows per expert: what to ask the heuristic, and which proposal to take."""
+class Choice(NamedTuple):
+    """An algorithm: what to ask the heuristic, and which proposal to take."""
 
-    below: float  # rows per expert, on average over all experts
-    average: int  # what the heuristic is told
+    average: int  # rows per expert that the heuristic is told
     tile: int  # cublasLtMatmulTile_t
     option: int  # custom option of the algorithm
 
+    @property
+    def configuration(self) -> tuple[int, int]:
+        """What tells the algorithm from the others, as `GroupedMatmul.configuration` has it."""
+        return self.tile, self.option
 
-# The heuristic's own first proposal is often not its fastest. These lost least over the layers of
-# benchmarks/cases.py on an H100 with cuBLAS 13.10 (benchmarks/algorithms.py, results/algorithms_h100.json). Where the
-# heuristic does not propose them (another library or device), its first proposal runs.
+    @classmethod
+    def of(cls, record: Record | None) -> Choice | None:
+        """The choice that a record of `tuning` stands for; None for one that is not of this kind."""
+        values = [record.get(name) for name in cls._fields] if record else [None]
+        whole = [value for value in values if isinstance(value, int) and value >= 0]
+        return cls(*whole) if len(whole) == len(values) else None
+
+
+# For fewer rows per expert, on average over all experts, than the number in front. The heuristic's own first proposal
+# is often not its fastest. These lost least over the layers of benchmarks/cases.py on an H100 with cuBLAS 13.10
+# (benchmarks/algorithms.py, results/algorithms_h100.json). Where the heuristic does not propose them (another library
+# or device), its first proposal runs. What tuning has found comes before all of them.
 PREFERRED = (
-    Preference(12, 8, 312, 1),  # 64 x 16
-    Preference(24, 32, 13, 1),  # 64 x 32
-    Preference(46, 64, 18, 1),  # 128 x 64
-    Preference(182, 128, 21, 6),  # 256 x 64
-    Preference(float("inf"), 128, 20, 5),  # 128 x 128
+    (12, Choice(8, 312, 1)),  # 64 x 16
+    (24, Choice(32, 13, 1)),  # 64 x 32
+    (46, Choice(64, 18, 1)),  # 128 x 64
+    (182, Choice(128, 21, 6)),  # 256 x 64
+    (float("inf"), Choice(128, 20, 5)),  # 128 x 128
 )
+TUNING_AVERAGES = (8, 16, 32, 64, 128, 256)
+"""The heuristic proposes all of its algorithms when asked with each of these."""
 
 
 class GroupedGemm:
@@ -59,21 +75,56 @@ class GroupedGemm:
         self.unit = self._matmuls["float16"].unit  # the same for both
         self.weight_pointers = dedicated((experts,), np.int64)
         self.weight_pointers.set(weights + np.arange(experts, dtype=np.int64) * (n * k))
-        self._algorithms: dict[tuple[Preference, str], list[Algorithm]] = {}
+        self._key = f"cublaslt {context.version}", tuning.device_name(context.device), f"{experts} x {n} x {k}"
+        self._algorithms: dict[tuple[str, tuple[Choice, ...]], list[Algorithm]] = {}
         # One workspace per GEMM: two in one CUDA graph that share one have been seen to fault on replay (<= 13.7).
         self._workspaces: list[Any] = []
 
+    def key(self, rows: int, result: str) -> str:
+        """Under which tuning finds the choice for ``rows`` rows in all."""
+        return tuning.key(*self._key, result, rows=rows)
+
     def algorithms(self, rows: int, result: str = "float16") -> list[Algorithm]:
-        """The heuristic's proposals for ``rows`` rows in all, the one of `PREFERRED` first if it is among them."""
+        """The heuristic's proposals for ``rows`` rows in all, the one that tuning or else `PREFERRED` wants first."""
+        tuned = Choice.of(tuning.CACHE.find(self.key(rows, result)))
+        default = self._default(rows)
+        return self._proposals(result, *((tuned, default) if tuned else (default,)))
+
+    def _default(self, rows: int) -> Choice:
         average = rows / len(self.weight_pointers)
-        preferred = next(entry for entry in PREFERRED if average < entry.below)
-        key = preferred, result
-        if key not in self._algorithms:
+        return next(choice for below, choice in PREFERRED if average < below)
+
+    def _proposals(self, result: str, *wanted: Choice) -> list[Algorithm]:
+        """The proposals among which one is wanted, the earlier the better, that one first."""
+        if (result, wanted) not in self._algorithms:
             matmul = self._matmuls[result]
-            wanted = (preferred.tile, preferred.option)
-            found = matmul.algorithms(preferred.average)
-            self._algorithms[key] = sorted(found, key=lambda one: matmul.configuration(one) != wanted)
-        return self._algorithms[key]
+            for choice in wanted:
+                configurations = [(matmul.configuration(one), one) for one in matmul.algorithms(choice.average)]
+                configurations.sort(key=lambda pair: pair[0] != choice.configuration)
+                if configurations and configurations[0][0] == choice.configuration:
+                    break
+            self._algorithms[result, wanted] = [one for _, one in configurations]
+        return self._algorithms[result, wanted]
+
+    def tune(self, rows: int, row_pointers: int, result_pointers: int, result: Any) -> dict[str, Record]:
+        """Time every algorithm on what the tables name now; the fastest one's record under its key.
+
+        ``result`` is the CuPy array that ``result_pointers`` lead to; the rest as for `prepare`.
+        """
+        matmul, default = self._matmuls[result.dtype.name], self._default(rows)
+        proposed = [(default.average, self._proposals(result.dtype.name, default)[0])]
+        proposed += [(average, one) for average in TUNING_AVERAGES for one in matmul.algorithms(average)]
+        found: dict[tuple[int, int], tuple[Choice, Algorithm]] = {}
+        for average, one in proposed:
+            configuration = matmul.configuration(one)
+            found.setdefault(configuration, (Choice(average, *configuration), one))
+        candidates: list[tuple[Record, Prepared]] = []
+        scratch = []  # each its own, kept until all have been timed
+        for choice, one in found.values():
+            scratch.append(dedicated((one.workspace_bytes,), np.uint8))
+            operands = self.weight_pointers.data.ptr, row_pointers, result_pointers, scratch[-1].data.ptr
+            candidates.append((dict(choice._asdict()), matmul.launch(one, *operands)))
+        return {self.key(rows, result.dtype.name): tuning.fastest(candidates, result)}
 
     def prepare(
         self, rows: int, row_pointers: int, result_pointers: int, result: str = "float16", choice: int = 0

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import launches, replay
+from cupy_moe import launches, replay, tuning
+from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.driver import Launch
 from cupy_moe.grouped_gemm import GroupedGemm
-from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Maps, Matrix, RowScale, Tables, WeightScale
+from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
-from cupy_moe.workspace import Carver, Workspace, dedicated
+from cupy_moe.workspace import Workspace, dedicated
 
-FINE_ELEMENTS = 1 << 20
-"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 CALLS_BEFORE_REPLAY = 2
 """Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
 
@@ -61,6 +60,7 @@ class Layer:
     def __init__(self, spec: LayerSpec, context: Context) -> None:
         import cupy
 
+        tuning.CACHE.load()
         self.spec = spec.without_arrays()
         self.device = spec.device
         halves = 2 if spec.gated else 1
@@ -102,27 +102,26 @@ class Layer:
         self.copies.append(padded)
         return int(padded.data.ptr)
 
+    def tune(self, tokens: int, topk: int, workspace: Workspace) -> dict[str, tuning.Record]:
+        """Find the fastest algorithms of both GEMMs for uniform routing and random codes, on the current stream.
 
-class Buffers:
-    """The intermediates of a call, laid out one after another from an address on."""
-
-    def __init__(self, layer: Layer, shape: CallShape, base: int = 0) -> None:
-        carver = Carver(base)
-        rows = shape.rows
-        self.x = Matrix(carver.take(rows * layer.hidden), layer.hidden, "uint8")
-        # GEMM 1's product is quantised again, which turns its rounding into flipped codes: small ones stay float32.
-        dtype, itemsize = ("float32", 4) if rows * layer.product <= FINE_ELEMENTS else ("float16", 2)
-        self.product = Matrix(carver.take(rows * layer.product * itemsize), layer.product, dtype)
-        self.a = Matrix(carver.take(rows * layer.intermediate), layer.intermediate, "uint8")
-        self.y = Matrix(carver.take(rows * layer.hidden * 2), layer.hidden, "float16")
-        self.x_scales = carver.take(rows * 4)
-        self.a_scales = carver.take(rows * 4)
-        self.maps = Maps(
-            layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
-            carver.take(rows * 4),
-        )
-        self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
-        self.nbytes = carver.used
+        The experts of a map are equally likely; the first ones are taken for those held here.
+        """
+        rows, experts = tokens * topk, self.spec.num_experts
+        buffers = Buffers(self, rows, workspace.reserve(Buffers(self, rows).nbytes, self.device))
+        routed = self.spec.expert_map.info.shape[0] if self.spec.expert_map else experts
+        counts = tuning.uniform_counts(tokens, topk, routed)[:experts]
+        counts[0] += not counts.any()
+        first, total = np.cumsum(counts, dtype=np.int64) - counts, int(counts.sum())
+        operands = buffers.x, buffers.product, buffers.a, buffers.y
+        self.expert_counts.set(counts)
+        self.pointers.set(np.stack([one.pointer + first * (one.pitch * one.itemsize) for one in operands]))
+        tables = [table.data.ptr for table in self.pointers]
+        records = {}
+        for i, gemm in ((0, self.gemm1), (2, self.gemm2)):
+            tuning.fill_with_codes(_array(operands[i], total))
+            records.update(gemm.tune(rows, tables[i], tables[i + 1], _array(operands[i + 1], total)))
+        return records
 
 
 class Plan:
@@ -130,8 +129,8 @@ class Plan:
 
     def __init__(self, layer: Layer, shape: CallShape, workspace: Workspace) -> None:
         self.layer, self.shape = layer, shape
-        self.buffers = Buffers(layer, shape, workspace.reserve(Buffers(layer, shape).nbytes, layer.device))
-        self.generation = workspace.generation
+        self.buffers = Buffers(layer, shape.rows, workspace.reserve(Buffers(layer, shape.rows).nbytes, layer.device))
+        self.generation, self.tuned = workspace.generation, tuning.CACHE.generation
         self.ready = shape.hidden.dtype in FP8
         tables = [table.data.ptr for table in layer.pointers]
 
@@ -257,6 +256,14 @@ def _scaling(
     if per_token:
         return "TOKEN", UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
     return "TENSOR", UNSCALED, tensor_scale, RowScale(tensor_scale)
+
+
+def _array(matrix: Matrix, rows: int) -> Any:
+    """The first rows of a matrix of `Buffers` as a CuPy array."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(matrix.pointer, rows * matrix.pitch * matrix.itemsize, None)
+    return cupy.ndarray((rows, matrix.pitch), matrix.dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def _up(size: int) -> int:

@@ -82,10 +82,11 @@ class Replay:
 
     def __del__(self) -> None:
         cuda = driver.library()
-        if self._exec:
-            cuda.cuGraphExecDestroy(self._exec)
-        if getattr(self, "_graph", None):
-            cuda.cuGraphDestroy(self._graph)
+        with driver.allocation_allowed():  # and giving back: the plan may be replaced during a capture
+            if self._exec:
+                cuda.cuGraphExecDestroy(self._exec)
+            if getattr(self, "_graph", None):
+                cuda.cuGraphDestroy(self._graph)
 
 
 def available() -> bool:

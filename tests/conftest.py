@@ -73,6 +73,14 @@ def torch():
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_tuning_cache(tmp_path_factory):
+    """What the user has tuned on this machine is neither used nor changed, in programs that tests start either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUPY_MOE_CACHE_DIR", str(tmp_path_factory.mktemp("tuning")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_device_memory():
     yield

@@ -192,6 +192,47 @@ def test_backend_that_the_arrays_cannot_run_on():
         Experts(**layer_arguments(), backend="cublaslt")
 
 
+# method, its arguments, the argument that the message names, exception, what the message contains
+WRONG_SIZES = [
+    ("workspace_nbytes", {"M": -1, "topk": 2}, "M", ValueError, ("at least 0", "got -1")),
+    ("workspace_nbytes", {"M": 1.0, "topk": 2}, "M", TypeError, ("integer", "got 1.0")),
+    ("workspace_nbytes", {"M": None, "topk": 2}, "M", TypeError, ("integer", "got None")),
+    ("workspace_nbytes", {"M": 8, "topk": 0}, "topk", ValueError, ("at least 1", "got 0")),
+    ("workspace_nbytes", {"M": 8, "topk": "2"}, "topk", TypeError, ("integer", "got '2'")),
+    ("tune", {"M": 0, "topk": 2}, "M", ValueError, ("at least 1", "got 0")),
+    ("tune", {"M": [8, -8], "topk": 2}, "M", ValueError, ("at least 1", "got -8")),
+    ("tune", {"M": [], "topk": 2}, "M", ValueError, ("None", "at least one number of tokens", "got []")),
+    ("tune", {"M": "64", "topk": 2}, "M", TypeError, ("integer", "got '64'")),
+    ("tune", {"M": True, "topk": 2}, "M", TypeError, ("integer", "got True")),
+    ("tune", {"M": [1, 2.5], "topk": 2}, "M", TypeError, ("integer", "got 2.5")),
+    ("tune", {"M": np.ones((2, 2), int), "topk": 2}, "M", TypeError, ("integer", "got [1, 1]")),
+    ("tune", {"M": {8: 2}, "topk": 2}, "M", TypeError, ("integer", "got {8: 2}")),
+    ("tune", {"topk": E + 1}, "topk", ValueError, ("from 1 to 4", "got 5")),
+    ("tune", {"topk": 0}, "topk", ValueError, ("from 1 to 4", "got 0")),
+    ("tune", {"topk": None}, "topk", TypeError, ("integer", "got None")),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "name", "kind", "parts"), WRONG_SIZES,
+    ids=[f"{case[0]} {' '.join(map(_name, case[1].values()))}" for case in WRONG_SIZES],
+)  # fmt: skip
+def test_wrong_size(method, options, name, kind, parts):
+    assert_rejected(kind, name, parts, getattr(Experts(**layer_arguments()), method), **options)
+
+
+def test_sizes_of_the_reference():
+    """It takes no scratch memory and has nothing to tune."""
+    experts = Experts(**layer_arguments())
+    assert experts.workspace_nbytes(64, 2) == experts.workspace_nbytes(M=0, topk=100) == 0
+    assert experts.tune(topk=2) == experts.tune(np.int64(3), topk=E) == experts.tune([1, 2], topk=1) == {}
+    mapped = Experts(**layer_arguments(), expert_map=np.zeros(9, np.int32))
+    assert mapped.tune(topk=9) == {}
+    assert_rejected(ValueError, "topk", ("from 1 to 9", "got 10"), mapped.tune, topk=10)
+    with pytest.raises(TypeError, match="topk"):
+        experts.tune(64)
+
+
 @pytest.mark.parametrize("name", ["w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias",
                                   "expert_map"])  # fmt: skip
 @pytest.mark.parametrize("first", ["numpy", "torch"])

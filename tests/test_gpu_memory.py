@@ -137,6 +137,34 @@ def test_workspace_is_shared(seed):
     assert len(sizes) == 1, "smaller calls do not need more"
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 256), (100, 200), (512, 64)])
+def test_bytes_of_the_workspace(hidden, inner, seed):
+    """`workspace_nbytes` is what a call takes."""
+    for tokens in (1, 65, 3000):
+        workspace = Workspace()
+        layer, x, *call = make_small(seed, tokens=tokens, hidden=hidden, inner=inner)
+        experts = Experts(**layer, workspace=workspace)
+        assert workspace.nbytes == 0
+        experts(x, *call)
+        assert workspace.nbytes == experts.workspace_nbytes(tokens, 3)
+        batch, counts = normal(seed, (6, tokens, hidden), "bfloat16"), cupy.full(6, tokens, np.int32)
+        experts.batched(batch, counts)
+        assert workspace.nbytes == max(experts.workspace_nbytes(tokens, 3), experts.workspace_nbytes(6 * tokens, 1))
+    assert Experts(**layer, backend="reference").workspace_nbytes(3000, 3) == 0
+
+
+def test_memory_beside_the_workspace(seed):
+    """What a layer holds after calls of all sizes: less than 128 MiB."""
+    layer = make_layer(seed, 32, 1024, 1024)
+    experts = Experts(**layer)
+    x, *call = normal(seed, (8192, 1024), "bfloat16"), *make_routing(seed, 8192, 8, 32)
+    for power in range(14):
+        experts(x[: 1 << power], *(each[: 1 << power] for each in call))
+    own = [[scratch.nbytes for scratch in gemm._workspaces] for gemm in (experts._layer.gemm1, experts._layer.gemm2)]
+    print("bytes of cuBLASLt's workspaces:", own)
+    assert sum(map(sum, own)) + 5 * MIB <= 128 * MIB  # 5: what the bound of the workspace leaves to fixed buffers
+
+
 # ---- fused_experts: what it remembers -----------------------------------------------------------------------------
 
 

@@ -125,7 +125,8 @@ def test_docstrings(name):
         assert re.search(r"\((M|E|rows|E \+ 1),", text), f"{name} names no shape"
 
 
-PARAMETERS = [*(set(TAKE_ARRAYS) - {"Routing", "fused_experts"}), "Experts.__call__", "Experts.batched", "backends"]
+METHODS = ["Experts.__call__", "Experts.batched", "Experts.tune", "Experts.workspace_nbytes"]
+PARAMETERS = [*(set(TAKE_ARRAYS) - {"Routing", "fused_experts"}), *METHODS, "backends"]
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

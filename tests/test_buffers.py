@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scratch memory of a call: how much, and what lies where, for a layer of which only the sizes exist."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cupy_moe.buffers import Buffers
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+BASE = 1 << 40
+FIXED = 5 * MIB
+
+
+def make_layer(experts, hidden, intermediate, *, gated=True):
+    """What `Buffers` takes of a layer; the sizes are multiples of 16."""
+    address = SimpleNamespace(data=SimpleNamespace(ptr=0))
+    return SimpleNamespace(
+        hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
+        spec=SimpleNamespace(num_experts=experts), expert_offsets=address, expert_counts=address,
+    )  # fmt: skip
+
+
+def up(nbytes):
+    return -(-nbytes // 256) * 256
+
+
+def formula(experts, hidden, intermediate, rows, *, gated=True):
+    """Bytes as docs/performance.md gives them."""
+    product = (2 if gated else 1) * intermediate
+    itemsize = 4 if rows * product <= 1 << 20 else 2
+    first = up(rows * max(hidden, intermediate)) + up(rows * product * itemsize)
+    second = up(rows * intermediate) + up(rows * hidden * 2)
+    blocks = 1 if rows <= 4096 else math.ceil(rows / 1024)
+    return max(first, second) + 5 * up(rows * 4) + up(blocks * experts * 4)
+
+
+def random_case(seed):
+    """(experts, hidden, intermediate, rows, gated), from smallest to huge."""
+    rng = np.random.default_rng(seed)
+    hidden, intermediate = (16 * round(2 ** rng.uniform(0, 11)) for _ in range(2))
+    return round(2 ** rng.uniform(0, 10)), hidden, intermediate, round(2 ** rng.uniform(0, 24)), bool(rng.integers(2))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_bytes(seed):
+    *sizes, rows, gated = random_case(seed)
+    _, hidden, intermediate = sizes
+    nbytes = Buffers(make_layer(*sizes, gated=gated), rows).nbytes
+    assert nbytes == formula(*sizes, rows, gated=gated)
+    product = (2 if gated else 1) * intermediate
+    assert nbytes <= rows * (hidden + product * 2 + intermediate + hidden * 2) + FIXED
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_needed_at_the_same_time_lies_apart(seed):
+    experts, hidden, intermediate, rows, gated = random_case(seed)
+    buffers = Buffers(make_layer(experts, hidden, intermediate, gated=gated), rows, BASE)
+
+    def range_of(matrix):
+        return matrix.pointer, matrix.pointer + rows * matrix.pitch * matrix.itemsize
+
+    blocks = 1 if rows <= 4096 else -(-rows // 1024)
+    always = [(start, start + rows * 4) for start in (buffers.x_scales, buffers.a_scales, *buffers.maps[2:])]
+    always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))
+    for step in ((buffers.x, buffers.product), (buffers.product, buffers.a), (buffers.a, buffers.y)):
+        ranges = sorted([*map(range_of, step), *always])
+        assert ranges[0][0] >= BASE
+        assert all(ranges[i][1] <= ranges[i + 1][0] for i in range(len(ranges) - 1))
+        assert ranges[-1][1] <= BASE + buffers.nbytes
+        assert all(start % 256 == 0 for start, _ in ranges)
+
+
+def test_no_rows():
+    assert Buffers(make_layer(8, 128, 256), 0).nbytes == up(8 * 4)
+
+
+def test_table_in_the_documentation():
+    """Every figure of the table of bytes in docs/performance.md."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    section = text[text.index("## Memory") :].split("\n## ")[0]
+    header, _, *lines = re.findall(r"^\|(.*)\|$", section, re.M)
+    tokens = [int(cell.split("=")[1]) for cell in header.split("|")[1:]]
+    assert len(lines) == 5
+    for line in lines:
+        shape, *cells = line.split("|")
+        experts, topk, hidden, intermediate = map(int, shape.split(","))
+        layer = make_layer(experts, hidden, intermediate)
+        wanted = [Buffers(layer, each * topk).nbytes / MIB for each in tokens]
+        assert [cell.strip() for cell in cells] == [f"{nbytes:.2f}" for nbytes in wanted]
