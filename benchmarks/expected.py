@@ -83,8 +83,8 @@ def largest_activation(inputs: Inputs) -> torch.Tensor:
             part = slice(first, first + _ROWS_AT_ONCE)
             product = (halves[token[part]] @ weights).float().mul_(unit)
             largest[token[part], slot[part]] = silu_and_mul(product).abs_().amax(dim=1)
-    # float16 leaves an error of 0.1 percent in gates and ups.
-    token, slot = torch.nonzero(largest >= 0.99 * largest.max(), as_tuple=True)
+    # float16 leaves an error of 0.1 percent in gates and ups, and more where the library adds parts of a sum in it.
+    token, slot = torch.nonzero(largest >= 0.95 * largest.max(), as_tuple=True)
     close = halves[token].float().mul_(scale / _HALF_UNIT)
     return _activated(w, close, ids[token, slot][:, None]).abs().amax()
 

@@ -44,7 +44,8 @@ def measure() -> dict[str, float]:
     ids = cupy.asarray(np.argsort(random.random((tokens, experts)), axis=1)[:, :topk].astype(np.int32))
     weights = cupy.asarray(random.random((tokens, topk)).astype(np.float32))
     lap("device")
-    assert cupy_moe.backends()["cublaslt"] == "available", cupy_moe.backends()
+    fast = [name for name, status in cupy_moe.backends().items() if status == "available" and name != "reference"]
+    assert fast, cupy_moe.backends()
     lap("library")
     layer = cupy_moe.Experts(w1, w2, w1_scale=scale, w2_scale=scale)
     lap("experts")

@@ -30,9 +30,12 @@ PARTS = {
 def parts_of(kernels: list[tuple[str, float]]) -> dict[str, float]:
     """Mean microseconds of each part over ``CALLS`` calls, from (name, us) in the order of execution."""
     total = dict.fromkeys(("route", "quantize", "gemm1", "activation", "gemm2", "combine"), 0.0)
-    due = "gemm1"
+    due, multiplied = "gemm1", False
     for name, us in kernels:
         part = next((part for start, part in PARTS.items() if name.startswith(start)), None)
+        multiplied = (multiplied or part is None) and part != "route"
+        if part == "quantize" and multiplied:  # GEMM 1 ended with the activation; these are its codes
+            part = "activation"
         due = {"quantize": "gemm1", "activation": "gemm2"}.get(part or "", due)
         total[part or due] += us
     return {part: us / CALLS for part, us in total.items()}

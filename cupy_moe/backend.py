@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from itertools import pairwise
 
@@ -10,8 +11,14 @@ import numpy as np
 
 from cupy_moe import arrays, checks, cublaslt, e4m3
 
-NAMES = ("cublaslt", "reference")
+ENVIRONMENT = "CUPY_MOE_BACKEND"
+"""The environment variable with the backend to take where none is named."""
+NAMES = ("sm90", "cublaslt", "reference")
 """Backends, the preferred one first."""
+
+
+NVRTC_NEEDED = (12, 9)
+"""For sm_90a through CuPy."""
 
 
 def backends(device: int | None = None) -> dict[str, str]:
@@ -22,8 +29,8 @@ def backends(device: int | None = None) -> dict[str, str]:
     device
         CUDA device number; None is CuPy's current one.
     """
-    status = {"cublaslt": _cublaslt_problem(device) or "available", "reference": "available"}
-    return {name: status[name] for name in NAMES}
+    problems = {"sm90": _sm90_problem(device), "cublaslt": _cublaslt_problem(device), "reference": None}
+    return {name: problems[name] or "available" for name in NAMES}
 
 
 def choose(device: int, backend: str | None) -> str:
@@ -36,6 +43,8 @@ def choose(device: int, backend: str | None) -> str:
     RuntimeError
         If the backend asked for, or for None every fast one, is not available; the message has the reasons.
     """
+    if backend is None and device != arrays.CPU:
+        backend = os.environ.get(ENVIRONMENT) or None
     if backend is not None:
         checks.option("backend", backend, NAMES)
     if device == arrays.CPU:
@@ -69,17 +78,40 @@ def explain(device: int, chosen: str) -> str:
     return "\n".join(lines)
 
 
-def _cublaslt_problem(device: int | None) -> str | None:
+def _device_problem(device: int | None) -> tuple[int, str | None]:
+    """The device, the current one for None, and why it cannot be used."""
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cu13]'"
+        return -1, f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cu13]'"
     try:
         device = cupy.cuda.runtime.getDevice() if device is None else device
-        capability = capability_of(device)
+        capability_of(device)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no CUDA device ({error})"
-    found, reason = cublaslt.search(capability)
+        return -1, f"no CUDA device ({error})"
+    return device, None
+
+
+def _sm90_problem(device: int | None) -> str | None:
+    device, problem = _device_problem(device)
+    if problem:
+        return problem
+    import cupy
+
+    capability, version = capability_of(device), cupy.cuda.nvrtc.getVersion()
+    if capability != (9, 0):
+        return f"its kernels are for compute capability 9.0; cuda:{device} has {capability[0]}.{capability[1]}"
+    if version < NVRTC_NEEDED:
+        needed, came = (".".join(map(str, v)) for v in (NVRTC_NEEDED, version))
+        return f"its kernels need NVRTC {needed} or later; CuPy uses {came}; pip install 'cupy-moe[cu13]'"
+    return None
+
+
+def _cublaslt_problem(device: int | None) -> str | None:
+    device, problem = _device_problem(device)
+    if problem:
+        return problem
+    found, reason = cublaslt.search(capability_of(device))
     if found is None:
         return reason
     return _self_test(device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cupy_moe import launches
 from cupy_moe.launches import Maps, Matrix
@@ -12,26 +12,26 @@ from cupy_moe.workspace import Carver
 if TYPE_CHECKING:
     from cupy_moe.pipeline import Layer
 
-FINE_ELEMENTS = 1 << 20
-"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
-
 
 class Buffers:
     """The intermediates of a call with ``rows`` (token, slot) pairs, laid out from an address on.
 
     What is never needed at the same time shares its place: ``a`` lies where ``x`` was, which GEMM 1 has read by then,
-    and ``y`` behind ``a``, where the product was, which the activation has read by then. No kernel writes to any of
-    these before the kernel in front is done, so overlapping launches are safe too.
+    and ``y`` behind ``a``, where GEMM 1's result ``inner`` was, which the kernel behind has read by then. No kernel
+    writes to any of these before the kernel in front is done, so overlapping launches are safe too. A GEMM 1 that makes
+    ``a`` itself has no ``inner``, and ``a`` a place of its own.
     """
 
     def __init__(self, layer: Layer, rows: int, base: int = 0) -> None:
         carver = Carver(base)
-        # GEMM 1's product is quantised again, which turns its rounding into flipped codes: small ones stay float32.
-        dtype, itemsize = ("float32", 4) if rows * layer.product <= FINE_ELEMENTS else ("float16", 2)
+        columns, dtype = layer.gemms.inner(layer, rows)
+        inner = Matrix(0, columns, dtype)
         first, second = Carver(base), Carver(base)  # what is there until the activation is done, and after that
         first.take(rows * max(layer.hidden, layer.intermediate))
+        if not columns:
+            second.take(rows * layer.hidden)
         self.x = Matrix(base, layer.hidden, "uint8")
-        self.product = Matrix(first.take(rows * layer.product * itemsize), layer.product, dtype)
+        self.inner = inner._replace(pointer=first.take(rows * columns * inner.itemsize))
         self.a = Matrix(second.take(rows * layer.intermediate), layer.intermediate, "uint8")
         self.y = Matrix(second.take(rows * layer.hidden * 2), layer.hidden, "float16")
         carver.take(max(first.used, second.used))
@@ -43,3 +43,11 @@ class Buffers:
         )
         self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
         self.nbytes = carver.used
+
+
+def as_array(matrix: Matrix, rows: int) -> Any:
+    """The first rows of a matrix in scratch memory as a CuPy array."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(matrix.pointer, rows * matrix.pitch * matrix.itemsize, None)
+    return cupy.ndarray((rows, matrix.pitch), matrix.dtype, cupy.cuda.MemoryPointer(memory, 0))

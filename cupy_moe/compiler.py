@@ -13,9 +13,12 @@ from functools import cache
 from typing import Any
 
 import kernels_cu
+from cupy_moe import driver
 from cupy_moe.driver import Kernel
 
 OPTIONS = ("--std=c++17",)
+TARGETS = {"gemm_sm90.cu": "sm_90a"}
+"""Files that use instructions of one architecture alone, and that architecture."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 """What the kernels are checked to compile for."""
 
@@ -31,6 +34,10 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
     for name, value in constants.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         lines.append(f"constexpr auto {name} = {text};" if name.isupper() else f"using {name} = {text};")
+    if file in TARGETS:
+        rows = constants["ROWS"]
+        # All of a tile's rows, half of them and a quarter, up to multiples of 8.
+        lines += [kernels_cu.wgmma(columns) for columns in sorted({-(-rows // n // 8) * 8 for n in (1, 2, 4)})]
     return "\n".join([kernels_cu.source("common.cuh"), *lines, kernels_cu.source(file)])
 
 
@@ -38,7 +45,7 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
 def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
     text = re.sub(r"//[^\n]*", "", kernels_cu.source(file))
-    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\(\w+\) )?{name}\((.*?)\)\s*{{', text, re.S)
+    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?{name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
     return dict(field for declaration in found[1].split(",") for field in _fields(declaration, text))
@@ -46,7 +53,7 @@ def signature(file: str, name: str) -> dict[str, Any]:
 
 def _fields(declaration: str, text: str) -> list[tuple[str, Any]]:
     """Names and types of ``type a, b[4]``; a struct is looked up in ``text``."""
-    bare = re.sub(r"\b(const|__restrict__)\b", " ", declaration).replace("*", " * ").strip()
+    bare = re.sub(r"\b(const|__restrict__|__grid_constant__)\b", " ", declaration).replace("*", " * ").strip()
     first, *others = bare.split(",")
     kind, _, name = first.strip().rpartition(" ")
     kind = " ".join(kind.split())
@@ -63,7 +70,7 @@ def _fields(declaration: str, text: str) -> list[tuple[str, Any]]:
 
 def _structure(name: str, text: str) -> type:
     """The ctypes mirror of ``struct name`` in ``text``."""
-    found = re.search(rf"struct {name} {{(.*?)}};", text, re.S)
+    found = re.search(rf"struct (?:alignas\(\d+\) )?{name} {{(.*?)}};", text, re.S)
     if not found:
         raise LookupError(f"no struct {name!r} in the source")
     declarations = (declaration for declaration in found[1].split(";") if declaration.strip())
@@ -76,8 +83,11 @@ def _module(file: str, constants: tuple[tuple[str, Any], ...], device: int) -> A
     import cupy
 
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=variant_source(file, dict(constants)), options=OPTIONS)
-        module.compile()
+        # CuPy names the device's architecture too; the more specific one wins.
+        target = (f"-arch={TARGETS[file]}",) if file in TARGETS else ()
+        module = cupy.RawModule(code=variant_source(file, dict(constants)), options=OPTIONS + target)
+        with driver.relaxed_capture():
+            module.compile()
     return module
 
 

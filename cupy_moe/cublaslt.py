@@ -9,7 +9,6 @@ the host never needs to know the routing.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_moe import e4m3
 from cupy_moe.workspace import dedicated
 
 ENVIRONMENT = "CUPY_MOE_CUBLASLT"
@@ -36,7 +36,6 @@ _REFUSED = {((10, 3), (13, 7)): "cuBLAS 13.7 has reported silent corruption on c
 _R_32F, _R_16F, _R_8F_E4M3, _COMPUTE_32F = 0, 2, 28, 68
 _RESULTS = {"float16": _R_16F, "float32": _R_32F}
 _DESC_TRANSA, _DESC_FAST_ACCUM = 3, 25
-_CODE_MAX, _HALF_MAX = 448.0, 65504.0
 _CONFIG_TILE, _CONFIG_CUSTOM_OPTION = 1, 5
 _PREF_WORKSPACE, _PREF_AVERAGE_K, _PREF_AVERAGE_D_ROWS, _PREF_AVERAGE_D_COLS = 1, 13, 14, 15
 
@@ -179,7 +178,7 @@ class GroupedMatmul:
     ) -> None:  # fmt: skip
         self.context = context
         self.groups, self.n, self.k = groups, n, k
-        self.unit = 2.0 ** math.ceil(math.log2(k * _CODE_MAX**2 / _HALF_MAX))
+        self.unit = e4m3.half_unit(k)
         self._sizes = dedicated((2, groups), np.int32)
         self._sizes.set(np.array([[k] * groups, [n] * groups], np.int32))
         all_k, all_n = (row.data.ptr for row in self._sizes)

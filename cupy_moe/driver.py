@@ -17,6 +17,7 @@ from typing import Any
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B = 0, 3, 3
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
@@ -157,6 +158,26 @@ class Launch:
             check(result, f"launch of {self.kernel.name}")
 
 
+def tensor_map(
+    pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> tuple[int, ...]:
+    """A ``CUtensorMap`` of bytes as 16 words: boxes of an array, in shared memory in the 128-byte swizzle.
+
+    ``sizes`` and ``box`` count elements, innermost dimension first; ``strides`` are the bytes from one to the next in
+    each other dimension. The address and the strides are multiples of 16. What lies outside reads as zero.
+    """
+    rank = len(sizes)
+    words = (ctypes.c_uint64 * 24)()  # room to start at a multiple of 64 bytes
+    start = ctypes.addressof(words) + -ctypes.addressof(words) % 64
+    result = library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(start), _TENSOR_MAP_UINT8, ctypes.c_uint(rank), ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint * rank)(*box),
+        (ctypes.c_uint * rank)(*[1] * rank), 0, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B, 0,
+    )
+    check(result, f"tensor map of {sizes} at {pointer:#x}")
+    return tuple((ctypes.c_int64 * 16).from_address(start))
+
+
 def is_capturing(stream: int) -> bool:
     """Whether ``stream`` is being captured into a CUDA graph."""
     status = ctypes.c_int()
@@ -165,8 +186,8 @@ def is_capturing(stream: int) -> bool:
 
 
 @contextmanager
-def allocation_allowed() -> Iterator[None]:
-    """Let this thread allocate device memory while a stream is being captured."""
+def relaxed_capture() -> Iterator[None]:
+    """Let this thread allocate device memory and load modules while a stream is being captured."""
     mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
     exchange = library().cuThreadExchangeStreamCaptureMode
     check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")

@@ -5,6 +5,7 @@ There is no infinity; 0x7f and 0xff are NaN; the largest finite value is 448 (0x
 2**-6 and the smallest subnormal one 2**-9.
 """
 
+import math
 import sys
 from typing import Any
 
@@ -14,10 +15,16 @@ import numpy as np
 Array = Any  # a NumPy or a CuPy array
 
 MAX = 448.0
+HALF_MAX = 65504.0  # of float16
 NAN_CODE = 0x7F
 MIN_EXPONENT = -6  # of a normal number; subnormal ones share its spacing
 MANTISSA_BITS = 3
 DTYPE = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def half_unit(terms: int) -> float:
+    """The power of two that keeps the largest possible sum of ``terms`` products of codes, divided by it, a float16."""
+    return 2.0 ** math.ceil(math.log2(terms * MAX**2 / HALF_MAX))
 
 
 def array_namespace(x: Array) -> Any:

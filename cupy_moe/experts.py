@@ -85,11 +85,11 @@ class Experts:
         self._backend = backend_choice.choose(checked.device, backend)
         self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
-        if self._backend == "cublaslt":
+        if self._backend != "reference":
             if driver.is_capturing(checked.library.stream(checked.device)):
                 raise RuntimeError("Experts has to be made, and called once, before the capture of a CUDA graph begins")
             with arrays.numeric_scope(checked.library, checked.device):
-                self._layer = Layer(checked, backend_choice.cublaslt_context(checked.device))
+                self._layer = Layer(checked, self._backend)
 
     @property
     def backend(self) -> str:

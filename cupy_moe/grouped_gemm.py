@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import tuning
+from cupy_moe import backend as backend_choice
+from cupy_moe import e4m3, sm90, tuning
 from cupy_moe.cublaslt import ALIGNMENT, Algorithm, Context, GroupedMatmul
+from cupy_moe.launches import Matrix
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
@@ -51,6 +53,14 @@ PREFERRED = (
 )
 TUNING_AVERAGES = (8, 16, 32, 64, 128, 256)
 """The heuristic proposes all of its algorithms when asked with each of these."""
+
+
+class Product(NamedTuple):
+    """What `multiply` returns, CuPy arrays."""
+
+    product: Any  # (rows, n, up to a multiple of 16) float16 in units of `unit`
+    unit: float  # what 1 in `product` stands for
+    row_experts: Any  # (rows,) int32; -1 from expert_offsets[E] on, where `product` is not written
 
 
 class GroupedGemm:
@@ -146,42 +156,52 @@ class GroupedGemm:
         return int(self._workspaces[-1].data.ptr) if nbytes else 0
 
 
-def multiply(context: Context, a: Any, weights: Any, expert_offsets: Any, choice: int = 0) -> tuple[Any, float, Any]:
+def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: Any, choice: int = 0) -> Product:
     """Multiply each expert's rows by its weights, on CuPy's current device and stream.
 
     Parameters
     ----------
-    context
-        The cuBLASLt handle of the device.
+    device, backend
+        The current device; "cublaslt" or "sm90".
     a, weights, expert_offsets
         CuPy: (rows, k) and (E, n, k) codes, (E + 1,) int32. Where n or k is no multiple of 16, copies are padded.
     choice
         Which of the heuristic's algorithms runs.
-
-    Returns
-    -------
-    product
-        (rows, n, up to a multiple of 16) float16 in units of ``unit``.
-    unit
-        What 1 in ``product`` stands for.
-    row_experts
-        (rows,) int32, -1 from ``expert_offsets[E]`` on, where ``product`` is not written.
     """
     import cupy
 
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
-    stream = int(cupy.cuda.get_current_stream().ptr)
-    gemm, counts, pointers = _gemm_of(context, stream, weights.data.ptr, experts, n, k)
     product = cupy.empty((len(a), n), cupy.float16)
+    run = {"cublaslt": _multiply_cublaslt, "sm90": _multiply_sm90}[backend]
+    run(device, a, weights, expert_offsets, product, choice)
+    owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
+    return Product(product, e4m3.half_unit(k), cupy.where(owners < experts, owners, -1).astype(cupy.int32))
+
+
+def _multiply_sm90(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, _: int) -> None:
+    import cupy
+
+    (rows, k), (experts, n, _) = a.shape, weights.shape
+    counts, claims = cupy.diff(expert_offsets), cupy.zeros(2, np.int32)
+    sm90.grouped_gemm(
+        device, sm90.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
+        sm90.Groups(expert_offsets.data.ptr, counts.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
+        sm90.End("PRODUCT", unit=e4m3.half_unit(k)),
+    )(int(cupy.cuda.get_current_stream().ptr))
+
+
+def _multiply_cublaslt(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, choice: int) -> None:
+    import cupy
+
+    stream = int(cupy.cuda.get_current_stream().ptr)
+    gemm, counts, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
     first = expert_offsets[:-1]
     cupy.subtract(expert_offsets[1:], first, out=counts)
     for table, matrix in zip(pointers, (a, product), strict=True):
         cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
         table += matrix.data.ptr
     gemm.prepare(len(a), pointers[0].data.ptr, pointers[1].data.ptr, choice=choice)(stream)
-    owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
-    return product, gemm.unit, cupy.where(owners < experts, owners, -1).astype(cupy.int32)
 
 
 @lru_cache(maxsize=64)

@@ -192,23 +192,26 @@ def route_padded(
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    partials: int = 0, valid_only: bool = False, scale_out: int = 0,
+    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
 ) -> list[Launch]:
-    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input."""
+    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input.
+
+    ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
+    """
     stretches, threads, vecs = _grid(tokens, out_cols, whole_rows=mode == "TOKEN")
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=vecs,
             IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-            PER_EXPERT=bool(scale.expert_stride),
+            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
         )
 
     source: dict[str, Any] = {
         "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
         "cols": cols, "partials": partials,
     }
-    amax = [] if mode != "TENSOR" else [
+    amax = [] if mode != "TENSOR" or fresh else [
         Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
     ]
     return [*amax, Launch(

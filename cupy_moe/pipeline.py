@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import launches, replay, tuning
+from cupy_moe import gemms, launches, replay, tuning
 from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
-from cupy_moe.cublaslt import ALIGNMENT, Context
+from cupy_moe.cublaslt import ALIGNMENT
 from cupy_moe.driver import Launch
-from cupy_moe.grouped_gemm import GroupedGemm
-from cupy_moe.launches import NO_BIAS, UNSCALED, Bias, Matrix, RowScale, Tables, WeightScale
+from cupy_moe.launches import NO_BIAS, Bias, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
 from cupy_moe.workspace import Workspace, dedicated
@@ -55,9 +54,9 @@ class Addresses(NamedTuple):
 
 
 class Layer:
-    """A layer on one device: weights as the GEMMs want them, scales, tables and the two grouped GEMMs."""
+    """A layer on one device: weights as the GEMMs want them, scales, tables and the GEMMs of a backend."""
 
-    def __init__(self, spec: LayerSpec, context: Context) -> None:
+    def __init__(self, spec: LayerSpec, backend: str) -> None:
         import cupy
 
         tuning.CACHE.load()
@@ -79,16 +78,15 @@ class Layer:
         self.a2_scale = row_scale(spec.a2_scale) if spec.a2_scale is not None else None
         self.w1_bias, self.w2_bias = _bias(spec.w1_bias), _bias(spec.w2_bias)
 
-        # cuBLASLt's layouts hold these addresses: the tables live as long as the layer and never move.
+        # Prepared launches hold these addresses: the tables live as long as the layer and never move.
         experts = spec.num_experts
         self.expert_offsets = dedicated((experts + 1,), np.int32)
         self.expert_counts = dedicated((experts,), np.int32)
         self.pointers = dedicated((4, experts), np.int64)
         self.partials = dedicated((2, launches.PARTIALS), np.float32)
         self.tensor_scales = dedicated((2,), np.float32)
-        counts = self.expert_counts.data.ptr
-        self.gemm1 = GroupedGemm(context, w1, experts, self.product, self.hidden, counts)
-        self.gemm2 = GroupedGemm(context, w2, experts, self.hidden, self.intermediate, counts)
+        # It keeps no reference to the layer: memory in a cycle would be given back at any time, even during a capture.
+        self.gemms: gemms.Gemms = gemms.BACKENDS[backend](self, w1, w2)
         cupy.cuda.get_current_stream().synchronize()  # calls may come on other streams
 
     def _weights(self, operand: Operand, halves: int, rows: int, cols: int) -> int:
@@ -113,15 +111,11 @@ class Layer:
         counts = tuning.uniform_counts(tokens, topk, routed)[:experts]
         counts[0] += not counts.any()
         first, total = np.cumsum(counts, dtype=np.int64) - counts, int(counts.sum())
-        operands = buffers.x, buffers.product, buffers.a, buffers.y
+        operands = buffers.x, buffers.inner, buffers.a, buffers.y
         self.expert_counts.set(counts)
+        self.expert_offsets.set(np.append(first, total).astype(np.int32))
         self.pointers.set(np.stack([one.pointer + first * (one.pitch * one.itemsize) for one in operands]))
-        tables = [table.data.ptr for table in self.pointers]
-        records = {}
-        for i, gemm in ((0, self.gemm1), (2, self.gemm2)):
-            tuning.fill_with_codes(_array(operands[i], total))
-            records.update(gemm.tune(rows, tables[i], tables[i + 1], _array(operands[i + 1], total)))
-        return records
+        return self.gemms.tune(self, rows, buffers, total)
 
 
 class Plan:
@@ -132,15 +126,13 @@ class Plan:
         self.buffers = Buffers(layer, shape.rows, workspace.reserve(Buffers(layer, shape.rows).nbytes, layer.device))
         self.generation, self.tuned = workspace.generation, tuning.CACHE.generation
         self.ready = shape.hidden.dtype in FP8
-        tables = [table.data.ptr for table in layer.pointers]
 
         route = self._route()
         quantize, x_scale = self._quantize()
-        gemm1 = layer.gemm1.prepare(shape.rows, tables[0], tables[1], self.buffers.product.dtype)
-        activate, a_scale = self._activate(x_scale)
-        gemm2 = layer.gemm2.prepare(shape.rows, tables[2], tables[3])
+        first, a_scale = layer.gemms.first(layer, shape, self.buffers, x_scale)
+        second = layer.gemms.second(layer, shape, self.buffers)
         combine = self._combine(a_scale)
-        self.steps: list[Callable[[int], None]] = [*route, *quantize, gemm1, *activate, gemm2, combine]
+        self.steps: list[Callable[[int], None]] = [*route, *quantize, *first, *second, combine]
 
         # What changes from call to call: the stored arguments themselves.
         ids = "expert_num_tokens" if shape.max_tokens else "ids"
@@ -190,7 +182,7 @@ class Plan:
 
     def _route(self) -> list[Launch]:
         layer, shape, buffers = self.layer, self.shape, self.buffers
-        operands = (buffers.x, buffers.product, buffers.a, buffers.y)
+        operands = (buffers.x, buffers.inner, buffers.a, buffers.y)
         tables = Tables(
             layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
             tuple(matrix.pitch * matrix.itemsize for matrix in operands),
@@ -216,7 +208,7 @@ class Plan:
             mode, given = "STATIC", RowScale(row_stride=shape.hidden_scale_stride)
             scale_out, result = buffers.x_scales, RowScale(buffers.x_scales, row_stride=1)
         else:
-            mode, given, scale_out, result = _scaling(
+            mode, given, scale_out, result = gemms.scaling(
                 layer.a1_scale, spec.per_act_token, buffers.x_scales, tensor_scale
             )
         return launches.quantize(
@@ -226,44 +218,13 @@ class Plan:
             valid_only=bool(shape.max_tokens), scale_out=scale_out,
         ), result
 
-    def _activate(self, x_scale: RowScale) -> tuple[list[Launch], RowScale]:
-        layer, shape, buffers = self.layer, self.shape, self.buffers
-        spec = layer.spec
-        partials, tensor_scale = layer.partials[1].data.ptr, layer.tensor_scales.data.ptr + 4
-        mode, given, scale_out, result = _scaling(layer.a2_scale, spec.per_act_token, buffers.a_scales, tensor_scale)
-        return launches.activation_quantize(
-            layer.device, mode, spec.activation, spec.gated, buffers.product, shape.rows, spec.intermediate_size,
-            layer.intermediate, buffers.a, layer.intermediate, x_scale=x_scale, unit=layer.gemm1.unit,
-            w_scale=layer.w1_scale, bias=layer.w1_bias, row_experts=buffers.maps.row_experts, scale=given,
-            partials=partials, scale_out=scale_out,
-        ), result
-
     def _combine(self, a_scale: RowScale) -> Launch:
         layer, shape, maps = self.layer, self.shape, self.buffers.maps
         return launches.combine(
             layer.device, self.buffers.y, shape.rows, shape.tokens, shape.topk, layer.spec.hidden_size, shape.out,
-            x_scale=a_scale, unit=layer.gemm2.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst,
+            x_scale=a_scale, unit=layer.gemms.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst,
             row_experts=maps.row_experts, skip_padding=bool(shape.max_tokens),
         )
-
-
-def _scaling(
-    static: RowScale | None, per_token: bool, row_scales: int, tensor_scale: int
-) -> tuple[str, RowScale, int, RowScale]:
-    """The kernel's mode, the scale given, where a scale made goes, and where the next kernel finds the rows' scales."""
-    if static is not None:
-        return "STATIC", static, 0, static
-    if per_token:
-        return "TOKEN", UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
-    return "TENSOR", UNSCALED, tensor_scale, RowScale(tensor_scale)
-
-
-def _array(matrix: Matrix, rows: int) -> Any:
-    """The first rows of a matrix of `Buffers` as a CuPy array."""
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(matrix.pointer, rows * matrix.pitch * matrix.itemsize, None)
-    return cupy.ndarray((rows, matrix.pitch), matrix.dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def _up(size: int) -> int:

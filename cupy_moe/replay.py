@@ -82,7 +82,7 @@ class Replay:
 
     def __del__(self) -> None:
         cuda = driver.library()
-        with driver.allocation_allowed():  # and giving back: the plan may be replaced during a capture
+        with driver.relaxed_capture():  # and giving back: the plan may be replaced during a capture
             if self._exec:
                 cuda.cuGraphExecDestroy(self._exec)
             if getattr(self, "_graph", None):

@@ -184,7 +184,7 @@ def grouped_gemm_fp8(
         return out
     with arrays.numeric_scope(arguments.library, arguments.device):
         product, unit, owners = grouped_gemm.multiply(
-            backend_choice.cublaslt_context(arguments.device), *map(arguments.numeric, (a, b, expert_offsets))
+            arguments.device, chosen, *map(arguments.numeric, (a, b, expert_offsets))
         )
     arguments.run(launches.combine(
         arguments.device, Matrix(product.data.ptr, product.shape[1], "float16"), len(product), left.shape[0], 1, n,

@@ -52,7 +52,7 @@ class Workspace:
                 self._kept.append(self._memory)
                 self._captured = False
             # Not from CuPy's pool: giving this memory back has to wait for kernels on any stream, as cudaFree does.
-            with driver.allocation_allowed():
+            with driver.relaxed_capture():
                 self._memory = None
                 self._memory = cupy.cuda.Memory(nbytes)
             self._device = device
@@ -70,7 +70,7 @@ def dedicated(shape: tuple[int, ...], dtype: Any) -> Any:
     import cupy
 
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    with driver.allocation_allowed():
+    with driver.relaxed_capture():
         memory = cupy.cuda.Memory(max(nbytes, 1))
     array = cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
     array.data.memset_async(0, nbytes)

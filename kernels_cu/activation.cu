@@ -14,30 +14,6 @@
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678118654752f); }
-__device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-}
-// Comparisons instead of fminf: a NaN has to stay one.
-__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
-__device__ __forceinline__ float at_least(float x, float limit) { return x < limit ? limit : x; }
-
-__device__ __forceinline__ float activate(float gate, float up) {
-    if constexpr (ACT == SILU) return silu(gate) * up;
-    if constexpr (ACT == GELU) return gelu(gate) * up;
-    if constexpr (ACT == GELU_TANH) return gelu_tanh(gate) * up;
-    if constexpr (ACT == SWIGLUOAI) {
-        const float g = at_most(gate, 7.0f);
-        return g * sigmoid(1.702f * g) * (at_least(at_most(up, 7.0f), -7.0f) + 1.0f);
-    }
-    if constexpr (ACT == SILU_NO_MUL) return silu(gate);
-    if constexpr (ACT == GELU_NO_MUL) return gelu(gate);
-    const float positive = at_least(gate, 0.0f);
-    return positive * positive;
-}
-
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
     const In* x;               // (rows, x_pitch): gates from column 0, ups from up_column
@@ -90,7 +66,7 @@ __device__ __forceinline__ float load_activated(const Source& source, int row, i
     if constexpr (GATED) load_scaled(source, row, expert, row_scale, col, 1, up);
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-        v[j] = col + j < source.cols ? activate(v[j], GATED ? up[j] : 0.0f) : 0.0f;
+        v[j] = col + j < source.cols ? activate<ACT>(v[j], GATED ? up[j] : 0.0f) : 0.0f;
         largest = fmaxf(largest, finite_magnitude(v[j]));
     }
     return largest;

@@ -16,6 +16,8 @@ struct None {};           // the type of an argument that this variant does not 
 enum Mode { TENSOR, STATIC, TOKEN };
 enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_MUL };
 
+enum End { PRODUCT, ACTIVATED, CODES };  // of a GEMM; gemm_sm90.cu says what each means
+
 constexpr float FP8_MAX = 448.0f;
 constexpr float TINY_AMAX = 1e-30f;  // a row of zeros still gets a usable scale
 constexpr int LANES = 32;
@@ -27,13 +29,21 @@ constexpr u32 FULL_WARP = 0xffffffffu;
 // chains of kernels safe. Every kernel calls this once. What it reads or writes before the call has to have been left
 // alone since before the kernel in front started: that kernel may still be running. Without the launch attribute the
 // kernel in front is done anyway and both instructions do nothing.
+// A kernel may let the next one start before it waits itself. For that next kernel, two kernels may still be running.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- conversions ------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float to_float(None) { return 0.0f; }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Bfloat16 x) { return __uint_as_float(u32(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) {
@@ -107,6 +117,32 @@ __device__ __forceinline__ float finite_magnitude(float x) {
 // scales[index], or `value` where there are none.
 __device__ __forceinline__ float pick(const float* scales, long long index, float value) {
     return scales ? scales[index] : value;
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678118654752f); }
+__device__ __forceinline__ float gelu_tanh(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+// Comparisons instead of fminf: a NaN has to stay one.
+__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
+__device__ __forceinline__ float at_least(float x, float limit) { return x < limit ? limit : x; }
+
+template <Act ACT>
+__device__ __forceinline__ float activate(float gate, float up) {
+    if constexpr (ACT == SILU) return silu(gate) * up;
+    if constexpr (ACT == GELU) return gelu(gate) * up;
+    if constexpr (ACT == GELU_TANH) return gelu_tanh(gate) * up;
+    if constexpr (ACT == SWIGLUOAI) {
+        const float g = at_most(gate, 7.0f);
+        return g * sigmoid(1.702f * g) * (at_least(at_most(up, 7.0f), -7.0f) + 1.0f);
+    }
+    if constexpr (ACT == SILU_NO_MUL) return silu(gate);
+    if constexpr (ACT == GELU_NO_MUL) return gelu(gate);
+    const float positive = at_least(gate, 0.0f);
+    return positive * positive;
 }
 
 // ---- vectors of eight elements ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
+//   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
 
 __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
     float largest = 0.0f;
@@ -61,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const In* __restrict__ x,                 // (tokens, cols)
     long long x_pitch,                        // elements from one token to the next
     const int* __restrict__ src2dst_map,      // (tokens, topk): row or -1; null: row = token
-    const int* __restrict__ row_experts,      // (rows,), read if PER_EXPERT
+    const int* __restrict__ row_experts,      // (rows,), read if PER_EXPERT or FRESH; a row of expert -1 is left out
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
     const float* __restrict__ partials,       // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
@@ -81,7 +82,14 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
     const int* rows = src2dst_map ? src2dst_map + (long long)token * topk : nullptr;
 
-    // x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
+    bool wanted = true;
+    if constexpr (FRESH) {
+        start_next_kernel();  // nothing that it reads before its own wait comes from here
+        wait_for_previous_kernel();
+        wanted = row_experts[token] >= 0;
+        if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
+    }
+    // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     float v[VECS][VECTOR];
     float largest = 0.0f;
 #pragma unroll
@@ -89,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         const int col = (first + i * int(blockDim.x)) * VECTOR;
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-        if (col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
+        if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
     if constexpr (MODE == TOKEN) largest = block_max(largest);
@@ -110,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     if constexpr (MODE == STATIC && !PER_EXPERT)
         token_scale = pick(scale_in, (long long)token * scale_stride, scale_value);
     if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
-    wait_for_previous_kernel();
+    if constexpr (!FRESH) wait_for_previous_kernel();
     if constexpr (MODE == TENSOR) {
         token_scale = scale_of_amax(max_of_partials(partials));
         if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
@@ -119,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
 
     for (int slot = 0; slot < topk; ++slot) {
         const int row = rows ? rows[slot] : token;
-        if (row < 0) continue;
+        if (row < 0 || !wanted) continue;
         const float weight = WEIGHTED ? topk_weights[(long long)token * topk + slot] : 1.0f;
         float scale = token_scale;
         if constexpr (PER_EXPERT) scale = scale_in[row_experts[row]];

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests need of the machine, how they get random numbers, and how they let go of device memory.
 
-Tests marked ``gpu`` are skipped where there is no CUDA device, those marked ``gemm`` also where the backend cublaslt is
-not available; the reason says why. Where CUPY_MOE_CUBLASLT names a library that cannot be used, they fail instead.
+Tests marked ``gpu`` are skipped where there is no CUDA device, those marked ``gemm`` also where no fast backend is
+available; the reason says why. They run with the fastest, or the one that CUPY_MOE_BACKEND names. Where that cannot be
+used, or a library that CUPY_MOE_CUBLASLT names, they fail instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "gemm: needs a CUDA device and the backend cublaslt")
+    config.addinivalue_line("markers", "gemm: needs a CUDA device and a fast backend")
 
 
 @cache
@@ -36,11 +37,16 @@ def gpu_problem():
 
 @cache
 def gemm_problem():
-    """Why the backend cublaslt cannot be used, or None."""
+    """Why no fast backend can be used, or None; fails if one that was asked for cannot."""
     import cupy_moe
 
-    status = cupy_moe.backends()["cublaslt"]
-    return None if status == "available" else status
+    status = cupy_moe.backends()
+    asked_for = [os.environ.get("CUPY_MOE_BACKEND")] + ["cublaslt"] * bool(os.environ.get("CUPY_MOE_CUBLASLT"))
+    for name in filter(None, asked_for):
+        if status[name] != "available":
+            pytest.fail(f"CUPY_MOE_BACKEND or CUPY_MOE_CUBLASLT asks for {name}, but: {status[name]}")
+    fast = {name: reason for name, reason in status.items() if name != "reference"}
+    return None if "available" in fast.values() else "; ".join(f"{name}: {why}" for name, why in fast.items())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,9 +57,7 @@ def pytest_runtest_setup(item):
     if gpu_problem():
         pytest.skip(f"needs a GPU: {gpu_problem()}")
     if needs_gemm and gemm_problem():
-        if os.environ.get("CUPY_MOE_CUBLASLT"):
-            pytest.fail(f"CUPY_MOE_CUBLASLT is set, but the backend cublaslt is not available: {gemm_problem()}")
-        pytest.skip(f"needs the backend cublaslt: {gemm_problem()}")
+        pytest.skip(f"needs a fast backend: {gemm_problem()}")
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py
     done
 
-Exits with 1 if a result is wrong. ``--no-gemm`` leaves out what needs cuBLASLt. Each array is an allocation of its own,
-so that memcheck sees where it ends.
+The grouped GEMMs run with every fast backend that is available, the layer too; the program says which those are.
+Exits with 1 if a result is wrong. ``--no-gemm`` leaves out what needs a fast backend. Each array is an allocation of
+its own, so that memcheck sees where it ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_moe
-from cupy_moe import Workspace, e4m3, reference
+from cupy_moe import Workspace, e4m3, reference, sm90
 
 EXPERTS, TOPK = 5, 3
 CHECKS: list[tuple[str, float]] = []
@@ -69,11 +70,11 @@ def check(label, got, want, limit):
         sys.exit(f"{label}: relative error {error:.2e}, at most {limit:.0e} is right")
 
 
-def compare(label, name, *args, limit=0.0, out_dtype=None, **options):
-    """One step on the GPU and on the host; returns the host's result, as a tuple."""
-    given = {} if out_dtype is None else {"out_dtype": out_dtype}
-    on_gpu = {key: device(value) for key, value in options.items()}
-    got = getattr(cupy_moe, name)(*map(device, args), **on_gpu, **given)
+def compare(label, name, *args, limit=0.0, out_dtype=None, on_gpu=None, **options):
+    """One step on the GPU, with the options ``on_gpu`` too, and on the host; returns the host's result, as a tuple."""
+    given = {**(on_gpu or {}), **({} if out_dtype is None else {"out_dtype": out_dtype})}
+    given.update((key, device(value)) for key, value in options.items())
+    got = getattr(cupy_moe, name)(*map(device, args), **given)
     wanted = {"out_dtype": "float32"} if out_dtype else {}
     want = getattr(reference, name)(*args, **options, **wanted)
     got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
@@ -141,11 +142,27 @@ def combine_and_choose(rng, routing):
         compare(f"{experts}", "topk_softmax", draw(rng, (9, experts)), 3, renormalize=True, limit=1e-5)
 
 
-def gemm_and_layers(rng, routing):
+def hopper_gemm():
+    """Every end of the kernel of sm90, in the smallest tile and the largest, with rows cut off and empty experts."""
+    from sm90_cases import Case, Layer
+
+    for tile in (sm90.TILES[0], sm90.TILES[-1]):
+        counts = [0, 3, 0, tile.rows + 5, 1]
+        for padded in (0, tile.rows + 7):
+            case = Case(1, counts, 48, 144, max_tokens=padded)
+            for dtype in ("float16", "float32"):
+                got = case.product(tile, dtype)[1]
+                check(f"{tile} {dtype}, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
+            layer = Layer(2, counts, 19, 144, kind="(E, 2)", max_tokens=padded)
+            layer.check(tile, per_expert=True, want=layer.want(on_host=True))
+
+
+def gemm_and_layers(rng, routing, backend):
     rows = len(routing.row_experts)
     for n, k in ((16, 32), (23, 37)):
         a, b = codes(rng, (rows, k)), codes(rng, (EXPERTS, n, k))
-        compare(f"{n} {k}", "grouped_gemm_fp8", a, b, routing.expert_offsets, out_dtype="float32", limit=3e-3)
+        options = {"out_dtype": "float32", "limit": 3e-3, "on_gpu": {"backend": backend}}
+        compare(f"{backend} {n} {k}", "grouped_gemm_fp8", a, b, routing.expert_offsets, **options)
     for hidden, inner in ((48, 32), (50, 35)):
         layer = {
             "w1": codes(rng, (EXPERTS, 2 * inner, hidden)), "w2": codes(rng, (EXPERTS, hidden, inner)),
@@ -159,11 +176,11 @@ def gemm_and_layers(rng, routing):
             "weight on input, per token": {"apply_router_weight_on_input": True, "per_act_token": True},
         }  # fmt: skip
         for mode, options in modes.items():
-            run_layer(rng, f"layer {hidden} {inner} {mode}", {**layer, **options})
+            run_layer(rng, f"{backend} layer {hidden} {inner} {mode}", {**layer, **options}, backend)
 
 
-def run_layer(rng, label, layer):
-    experts = cupy_moe.Experts(**{name: device(x) for name, x in layer.items()})
+def run_layer(rng, label, layer, backend):
+    experts = cupy_moe.Experts(**{name: device(x) for name, x in layer.items()}, backend=backend)
     hidden_size = layer["w2"].shape[1]
     for tokens in (40, 1500):
         hidden, ids = draw(rng, (tokens, hidden_size)), rng.integers(-1, EXPERTS + 1, (tokens, TOPK))
@@ -187,8 +204,14 @@ def main():
     activate(rng, routing)
     combine_and_choose(rng, routing)
     if "--no-gemm" not in sys.argv[1:]:
+        status = cupy_moe.backends()
+        print("\n".join(f"{name}: {text}" for name, text in status.items()))
         fill_what_the_library_writes()
-        gemm_and_layers(rng, routing)
+        if status["sm90"] == "available":
+            hopper_gemm()
+        for name, text in status.items():
+            if name != "reference" and text == "available":
+                gemm_and_layers(rng, routing, name)
     cupy.cuda.Device().synchronize()
     worst = max(error for _, error in CHECKS)
     print(f"{len(CHECKS)} results are right; largest relative error {worst:.1e}")

@@ -21,7 +21,7 @@ def load(name):
     return module
 
 
-flips, report = load("flips"), load("report")
+flips, accuracy = load("flips"), load("accuracy")
 CELLS = [
     flips.Cell((4, 3, 64, 128), 2, "tensor"),
     flips.Cell((4, 3, 64, 128), 5, "token", "uniform"),
@@ -88,11 +88,11 @@ def test_tables():
     common = {**vars(CELLS[0]), "draws": 4, "limit": flips.LIMIT, **flips.statistics(distances)}
     of_codes = {"noise": 1e-3, "codes": 256, **flips.flip_statistics(flipped, distances)}
     records = [{"kind": "layer", **common}, {"kind": "simulated", **common, **of_codes}]
-    lines = report.layer_accuracy(records)
+    lines = accuracy.layer_accuracy(records)
     assert lines[-1].startswith("| 4, 3, 64, 128 | 2 | tensor | one | dynamic | ")
     assert len({line.count("|") for line in lines[2:]}) == 1
     records += [
         {"kind": "gemm", "K": 128, "result": result, "fast_accumulation": fast, "err": None if fast else 1.24e-4}
         for result in ("float16", "float32") for fast in (False, True)
     ]  # fmt: skip
-    assert report.gemm_accuracy(records)[-1] == "| 128 | 1.2e-04 | 1.2e-04 | not offered | not offered |"
+    assert accuracy.gemm_accuracy(records)[-1] == "| 128 | 1.2e-04 | 1.2e-04 | not offered | not offered |"

@@ -3,6 +3,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from cupy_moe.buffers import Buffers
+from cupy_moe.gemms import BACKENDS, CublasltGemms, Sm90Gemms
+from cupy_moe.launches import RowScale
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -17,12 +20,18 @@ BASE = 1 << 40
 FIXED = 5 * MIB
 
 
-def make_layer(experts, hidden, intermediate, *, gated=True):
+KINDS = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 static": Sm90Gemms}
+"""What GEMM 1 leaves depends on: the backend and, for sm90, whether the scale of its codes is given."""
+
+
+def make_layer(kind, experts, hidden, intermediate, *, gated=True):
     """What `Buffers` takes of a layer; the sizes are multiples of 16."""
     address = SimpleNamespace(data=SimpleNamespace(ptr=0))
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
         spec=SimpleNamespace(num_experts=experts), expert_offsets=address, expert_counts=address,
+        a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
+        gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, None)),
     )  # fmt: skip
 
 
@@ -30,12 +39,14 @@ def up(nbytes):
     return -(-nbytes // 256) * 256
 
 
-def formula(experts, hidden, intermediate, rows, *, gated=True):
+def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     """Bytes as docs/performance.md gives them."""
     product = (2 if gated else 1) * intermediate
-    itemsize = 4 if rows * product <= 1 << 20 else 2
-    first = up(rows * max(hidden, intermediate)) + up(rows * product * itemsize)
+    inner = {"cublaslt": product * (4 if rows * product <= 1 << 20 else 2), "sm90": intermediate * 4, "sm90 static": 0}
+    first = up(rows * max(hidden, intermediate)) + up(rows * inner[kind])
     second = up(rows * intermediate) + up(rows * hidden * 2)
+    if kind == "sm90 static":
+        second += up(rows * hidden)
     blocks = 1 if rows <= 4096 else math.ceil(rows / 1024)
     return max(first, second) + 5 * up(rows * 4) + up(blocks * experts * 4)
 
@@ -47,28 +58,35 @@ def random_case(seed):
     return round(2 ** rng.uniform(0, 10)), hidden, intermediate, round(2 ** rng.uniform(0, 24)), bool(rng.integers(2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(200))
-def test_bytes(seed):
+def test_bytes(kind, seed):
     *sizes, rows, gated = random_case(seed)
     _, hidden, intermediate = sizes
-    nbytes = Buffers(make_layer(*sizes, gated=gated), rows).nbytes
-    assert nbytes == formula(*sizes, rows, gated=gated)
-    product = (2 if gated else 1) * intermediate
-    assert nbytes <= rows * (hidden + product * 2 + intermediate + hidden * 2) + FIXED
+    nbytes = Buffers(make_layer(kind, *sizes, gated=gated), rows).nbytes
+    assert nbytes == formula(kind, *sizes, rows, gated=gated)
+    # Four matrices side by side, as if all layers were gated.
+    assert nbytes <= rows * (hidden + 2 * intermediate * 2 + intermediate + hidden * 2) + FIXED
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(200))
-def test_what_is_needed_at_the_same_time_lies_apart(seed):
+def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
     experts, hidden, intermediate, rows, gated = random_case(seed)
-    buffers = Buffers(make_layer(experts, hidden, intermediate, gated=gated), rows, BASE)
+    buffers = Buffers(make_layer(kind, experts, hidden, intermediate, gated=gated), rows, BASE)
 
     def range_of(matrix):
         return matrix.pointer, matrix.pointer + rows * matrix.pitch * matrix.itemsize
 
     blocks = 1 if rows <= 4096 else -(-rows // 1024)
-    always = [(start, start + rows * 4) for start in (buffers.x_scales, buffers.a_scales, *buffers.maps[2:])]
+    scales_and_maps = buffers.x_scales, buffers.a_scales, *buffers.maps[2:]
+    always = [(start, start + rows * 4) for start in scales_and_maps]
     always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))
-    for step in ((buffers.x, buffers.product), (buffers.product, buffers.a), (buffers.a, buffers.y)):
+    steps = [(buffers.x, buffers.inner), (buffers.inner, buffers.a), (buffers.a, buffers.y)]
+    if kind == "sm90 static":
+        assert buffers.inner.pitch == 0
+        steps = [(buffers.x, buffers.a), (buffers.a, buffers.y)]  # GEMM 1 reads the one and writes the other
+    for step in steps:
         ranges = sorted([*map(range_of, step), *always])
         assert ranges[0][0] >= BASE
         assert all(ranges[i][1] <= ranges[i + 1][0] for i in range(len(ranges) - 1))
@@ -76,20 +94,28 @@ def test_what_is_needed_at_the_same_time_lies_apart(seed):
         assert all(start % 256 == 0 for start, _ in ranges)
 
 
-def test_no_rows():
-    assert Buffers(make_layer(8, 128, 256), 0).nbytes == up(8 * 4)
+def test_every_backend_is_here():
+    assert set(KINDS.values()) == set(BACKENDS.values())
 
 
-def test_table_in_the_documentation():
-    """Every figure of the table of bytes in docs/performance.md."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind):
+    assert Buffers(make_layer(kind, 8, 128, 256), 0).nbytes == up(8 * 4)
+
+
+def test_tables_in_the_documentation():
+    """Every figure of the tables of bytes in docs/performance.md: one for each backend, with dynamic scales."""
     text = (ROOT / "docs" / "performance.md").read_text()
     section = text[text.index("## Memory") :].split("\n## ")[0]
-    header, _, *lines = re.findall(r"^\|(.*)\|$", section, re.M)
-    tokens = [int(cell.split("=")[1]) for cell in header.split("|")[1:]]
-    assert len(lines) == 5
-    for line in lines:
-        shape, *cells = line.split("|")
-        experts, topk, hidden, intermediate = map(int, shape.split(","))
-        layer = make_layer(experts, hidden, intermediate)
-        wanted = [Buffers(layer, each * topk).nbytes / MIB for each in tokens]
-        assert [cell.strip() for cell in cells] == [f"{nbytes:.2f}" for nbytes in wanted]
+    tables = re.findall(r"^`(\w+)`:\n\n((?:\|.*\|\n)+)", section, re.M)
+    assert [backend for backend, _ in tables] == list(BACKENDS)
+    for backend, table in tables:
+        header, _, *lines = re.findall(r"^\|(.*)\|$", table, re.M)
+        tokens = [int(cell.split("=")[1]) for cell in header.split("|")[1:]]
+        assert len(lines) == 5
+        for line in lines:
+            shape, *cells = line.split("|")
+            experts, topk, hidden, intermediate = map(int, shape.split(","))
+            layer = make_layer(backend, experts, hidden, intermediate)
+            wanted = [Buffers(layer, each * topk).nbytes / MIB for each in tokens]
+            assert [cell.strip() for cell in cells] == [f"{nbytes:.2f}" for nbytes in wanted]

@@ -63,5 +63,6 @@ def test_cuda_graph_says_what_is_missing():
         pytest.skip("needs a machine without a fast backend")
     status, out, err = run(GPU)
     assert (status, out) == (2, "")
-    assert err.startswith("this example needs a GPU with a fast backend:\n  cublaslt: ")
+    assert err.startswith("this example needs a GPU with a fast backend:\n  sm90: ")
+    assert "\n  cublaslt: " in err
     assert "Traceback" not in err

@@ -27,10 +27,10 @@ from gpu_cases import (
     to_torch,
 )
 from test_gpu_graphs import capture, replay
+from tuning_choices import choices, chosen, store_other_choices
 
 import cupy_moe
 from cupy_moe import Experts, Workspace, arrays, reference, tuning
-from cupy_moe.buffers import Buffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -44,35 +44,6 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(tuning, "CACHE", tuning.Cache())
     return tuning.CACHE
-
-
-def gemms(experts):
-    return experts._layer.gemm1, experts._layer.gemm2
-
-
-def results(experts, rows):
-    """The result dtypes of both GEMMs for a number of rows."""
-    buffers = Buffers(experts._layer, rows)
-    return buffers.product.dtype, buffers.y.dtype
-
-
-def chosen(experts, rows):
-    """(tile, option) that a plan for ``rows`` rows takes, of both GEMMs."""
-    pairs = zip(gemms(experts), results(experts, rows), strict=True)
-    return [gemm._matmuls[result].configuration(gemm.algorithms(rows, result)[0]) for gemm, result in pairs]
-
-
-def store_other_proposals(experts, rows):
-    """Records that name algorithms which are not chosen now; returns their configurations."""
-    records, wanted = {}, []
-    for gemm, result in zip(gemms(experts), results(experts, rows), strict=True):
-        matmul = gemm._matmuls[result]
-        now = matmul.configuration(gemm.algorithms(rows, result)[0])
-        proposed = [matmul.configuration(one) for one in matmul.algorithms(64)]
-        wanted.append([one for one in proposed if one != now][-1])
-        records[gemm.key(rows, result)] = {"average": 64, "tile": wanted[-1][0], "option": wanted[-1][1]}
-    tuning.CACHE.store(records)
-    return wanted
 
 
 def check_call(experts, layer, hidden, topk_weights, topk_ids):
@@ -101,14 +72,13 @@ def test_results_are_right_after_tuning(scheme, hidden, inner, seed):
     found = experts.tune(tokens, topk=2)
     assert len(found) == 2 * len(tokens)
     for each, call in calls.items():
-        wanted = [found[gemm.key(2 * each, result)] for gemm, result in
-                  zip(gemms(experts), results(experts, 2 * each), strict=True)]  # fmt: skip
-        assert chosen(experts, 2 * each) == [(record["tile"], record["option"]) for record in wanted]
+        of = choices(experts, 2 * each)
+        assert of.chosen() == [of.choice(found[key]) for key in of.tuning_keys()]
         check_layer(layer, *call, experts=experts)
 
 
 def test_records(seed, cache):
-    """Their keys name device, library, GEMM, result and rows; their times are those of the choice and the default.
+    """Their keys name library, device, GEMM and rows; their times are those of the choice and the default.
 
     The second time, the default is compared with, and not what the first time found.
     """
@@ -117,14 +87,14 @@ def test_records(seed, cache):
     assert len(first) == 4
     assert len(again) == 2
     assert again.keys() < first.keys()
-    library = f"cublaslt {gemms(experts)[0]._matmuls['float16'].context.version}"
+    of = choices(experts, 128)
     for key, record in first.items():
-        parts = key.split(" | ")
-        assert parts[:2] == [library, cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()]
-        assert parts[2] in ("8 x 1024 x 1024", "8 x 1024 x 512")
-        assert parts[3] in ("float16", "float32")
-        assert parts[4] in ("128 rows", "256 rows")
-        assert record.keys() == {"average", "tile", "option", "us", "default_us"}
+        library, device, shape, *result, rows = key.split(" | ")
+        assert [library, device] == [of.library, cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()]
+        assert shape in ("8 x 1024 x 1024", "8 x 1024 x 512")
+        assert result in ([["float16"], ["float32"]] if experts.backend == "cublaslt" else [[]])
+        assert rows in ("128 rows", "256 rows")
+        assert record.keys() == {*of.fields, "us", "default_us"}
         assert 0 < record["us"] <= record["default_us"]
         print(key, record)
     assert all(cache.find(key) == record for key, record in {**first, **again}.items())
@@ -214,7 +184,7 @@ def test_other_layers_of_the_shape(seed):
     for _ in range(4):
         check_call(before, layer, hidden, *call)
     usual = chosen(before, rows), chosen(other, rows)
-    wanted = store_other_proposals(Experts(**layer), rows)
+    wanted = store_other_choices(Experts(**layer), rows)
     assert all(one != other for one, other in zip(usual[0], wanted, strict=True))
     plan = before._plans[next(iter(before._plans))]
     assert chosen(before, rows) == chosen(Experts(**layer), rows) == wanted
@@ -227,12 +197,12 @@ def test_other_layers_of_the_shape(seed):
 def test_another_process_reads_the_file(seed):
     layer, *_ = make_small(seed)
     experts = Experts(**layer)
-    wanted = store_other_proposals(experts, 64 * TOPK)
+    wanted = store_other_choices(experts, 64 * TOPK)
     program = """
         import sys
         sys.path[:0] = sys.argv[1:]
         from gpu_cases import make_small
-        from test_gpu_tuning import chosen
+        from tuning_choices import chosen
         from cupy_moe import Experts
         layer, hidden, *call = make_small(0)
         experts = Experts(**layer)
@@ -283,7 +253,7 @@ def test_graph_captured_before(largest, seed):
     graph, stream = capture(lambda: experts(hidden, *call, out))
     for _ in range(2):
         experts.tune([8, len(hidden), largest], topk=TOPK)
-        store_other_proposals(experts, len(hidden) * TOPK)
+        store_other_choices(experts, len(hidden) * TOPK)
         for _ in range(4):
             check_call(experts, layer, hidden, *call)
         more = make_small(seed, tokens=largest)[1:]
@@ -301,8 +271,8 @@ def test_capture_right_after_tuning(seed):
     experts, out = Experts(**layer), poisoned(hidden.shape, "bfloat16")
     for _ in range(5):
         experts(hidden, *call, out)
-    store_other_proposals(experts, len(hidden) * TOPK)
-    Experts(**layer)(hidden, *call)  # has loaded the library's kernels, as tuning has
+    store_other_choices(experts, len(hidden) * TOPK)
+    Experts(**layer)(hidden, *call)  # has loaded the kernels, as tuning has
     graph, stream = capture(lambda: experts(hidden, *call, out))
     for _ in range(3):
         poison(out)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The middle of a call, by backend: both grouped GEMMs, and what lies between them.
+
+Each class takes a layer's codes ``x`` (rows, K) to GEMM 2's codes ``a`` (rows, N) in `first`, and those to the product
+``y`` (rows, K) in `second`. What GEMM 1 leaves for the next kernel is the buffer ``inner``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cupy_moe import backend, e4m3, launches, sm90, tuning
+from cupy_moe.buffers import Buffers, as_array
+from cupy_moe.grouped_gemm import GroupedGemm
+from cupy_moe.launches import UNSCALED, Matrix, RowScale
+from cupy_moe.sm90 import End, Groups
+from cupy_moe.tuning import Record
+from cupy_moe.workspace import dedicated
+
+if TYPE_CHECKING:
+    from cupy_moe.pipeline import CallShape, Layer
+
+Step = Callable[[int], None]
+"""Something prepared: called with the stream."""
+
+FINE_ELEMENTS = 1 << 20
+"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
+
+
+def scaling(
+    static: RowScale | None, per_token: bool, row_scales: int, tensor_scale: int
+) -> tuple[str, RowScale, int, RowScale]:
+    """The kernel's mode, the scale given, where a scale made goes, and where the next kernel finds the rows' scales."""
+    if static is not None:
+        return "STATIC", static, 0, static
+    if per_token:
+        return "TOKEN", UNSCALED, row_scales, RowScale(row_scales, row_stride=1)
+    return "TENSOR", UNSCALED, tensor_scale, RowScale(tensor_scale)
+
+
+def a_scaling(layer: Layer, buffers: Buffers) -> tuple[str, RowScale, int, RowScale]:
+    """`scaling` of the codes ``a``."""
+    tensor_scale = layer.tensor_scales.data.ptr + layer.tensor_scales.itemsize
+    return scaling(layer.a2_scale, layer.spec.per_act_token, buffers.a_scales, tensor_scale)
+
+
+class CublasltGemms:
+    """GEMM 1 of cuBLASLt, a kernel for activation and quantisation, GEMM 2 of cuBLASLt."""
+
+    def __init__(self, layer: Layer, w1: int, w2: int) -> None:
+        context = backend.cublaslt_context(layer.device)
+        counts, experts = layer.expert_counts.data.ptr, layer.spec.num_experts
+        self._gemm1 = GroupedGemm(context, w1, experts, layer.product, layer.hidden, counts)
+        self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts)
+        self.unit = self._gemm2.unit  # of y
+
+    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
+        """Columns and dtype of GEMM 1's product."""
+        # It is quantised again, which turns its rounding into flipped codes: small ones stay float32.
+        columns = layer.product
+        return columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16"
+
+    def first(
+        self, layer: Layer, shape: CallShape, buffers: Buffers, x_scale: RowScale
+    ) -> tuple[list[Step], RowScale]:
+        """The launches from ``x`` to ``a``, and the scale of ``a``."""
+        spec, tables = layer.spec, layer.pointers
+        mode, given, scale_out, result = a_scaling(layer, buffers)
+        gemm = self._gemm1.prepare(shape.rows, tables[0].data.ptr, tables[1].data.ptr, buffers.inner.dtype)
+        return [gemm, *launches.activation_quantize(
+            layer.device, mode, spec.activation, spec.gated, buffers.inner, shape.rows, spec.intermediate_size,
+            layer.intermediate, buffers.a, layer.intermediate, x_scale=x_scale, unit=self._gemm1.unit,
+            w_scale=layer.w1_scale, bias=layer.w1_bias, row_experts=buffers.maps.row_experts, scale=given,
+            partials=layer.partials[1].data.ptr, scale_out=scale_out,
+        )], result
+
+    def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
+        """The launches from ``a`` to ``y``."""
+        tables = layer.pointers
+        return [self._gemm2.prepare(shape.rows, tables[2].data.ptr, tables[3].data.ptr)]
+
+    def tune(self, layer: Layer, rows: int, buffers: Buffers, total: int) -> dict[str, Record]:
+        """Records of the fastest algorithms for ``rows`` rows, ``total`` of which the layer's tables name now."""
+        tables, records = [table.data.ptr for table in layer.pointers], {}
+        for i, gemm, operand, result in (
+            (0, self._gemm1, buffers.x, buffers.inner), (2, self._gemm2, buffers.a, buffers.y)
+        ):  # fmt: skip
+            tuning.fill_with_codes(as_array(operand, total))
+            records.update(gemm.tune(rows, tables[i], tables[i + 1], as_array(result, total)))
+        return records
+
+
+class Sm90Gemms:
+    """The kernel of ``gemm_sm90.cu``: activation in the end of GEMM 1, and codes too where their scale is given."""
+
+    def __init__(self, layer: Layer, w1: int, w2: int) -> None:
+        experts = layer.spec.num_experts
+        self._claims = dedicated((2, 2), np.int32)
+        self._w1 = sm90.Weights(w1, experts, layer.product, layer.hidden, paired=layer.spec.gated)
+        self._w2 = sm90.Weights(w2, experts, layer.hidden, layer.intermediate, paired=False)
+        self.unit = e4m3.half_unit(layer.intermediate)
+
+    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
+        """Columns and dtype of what GEMM 1 leaves, activated; none where it makes the codes."""
+        return layer.intermediate if layer.a2_scale is None else 0, "float32"
+
+    def _groups(self, shape: CallShape, buffers: Buffers, gemm: int) -> Groups:
+        claims = self._claims[gemm].data.ptr
+        return Groups(buffers.maps.expert_offsets, buffers.maps.expert_counts, claims, shape.max_tokens)
+
+    def _gemm1(self, layer: Layer, buffers: Buffers, x_scale: RowScale) -> tuple[Matrix, End]:
+        """Where GEMM 1's result goes, and how it ends."""
+        spec, static = layer.spec, layer.a2_scale
+        return buffers.inner if static is None else buffers.a, End(
+            "ACTIVATED" if static is None else "CODES", spec.activation, spec.intermediate_size, x_scale=x_scale,
+            w_scale=layer.w1_scale, bias=layer.w1_bias, scale=static or UNSCALED,
+            partials=layer.partials[1].data.ptr,
+        )
+
+    def first(
+        self, layer: Layer, shape: CallShape, buffers: Buffers, x_scale: RowScale
+    ) -> tuple[list[Step], RowScale]:
+        """The launches from ``x`` to ``a``, and the scale of ``a``."""
+        mode, _, scale_out, result = a_scaling(layer, buffers)
+        out, end = self._gemm1(layer, buffers, x_scale)
+        gemm = sm90.grouped_gemm(
+            layer.device, self._w1, buffers.x, shape.rows, self._groups(shape, buffers, 0), out, end
+        )
+        if mode == "STATIC":
+            return [gemm], result
+        return [gemm, *launches.quantize(
+            layer.device, mode, out, shape.rows, layer.spec.intermediate_size, buffers.a, layer.intermediate,
+            row_experts=buffers.maps.row_experts, partials=end.partials, scale_out=scale_out, fresh=True,
+        )], result
+
+    def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
+        """The launches from ``a`` to ``y``."""
+        return [sm90.grouped_gemm(
+            layer.device, self._w2, buffers.a, shape.rows, self._groups(shape, buffers, 1), buffers.y,
+            End("PRODUCT", unit=self.unit),
+        )]
+
+    def tune(self, layer: Layer, rows: int, buffers: Buffers, total: int) -> dict[str, Record]:
+        """Records of the fastest tiles for ``rows`` rows, ``total`` of which the layer's tables name now."""
+        records, maps = {}, buffers.maps
+        second = buffers.y, End("PRODUCT", unit=self.unit)
+        products = ((self._w1, buffers.x, *self._gemm1(layer, buffers, UNSCALED)), (self._w2, buffers.a, *second))
+        for claims, (weights, operand, result, end) in zip(self._claims, products, strict=True):
+            groups = Groups(maps.expert_offsets, maps.expert_counts, claims.data.ptr)
+            tuning.fill_with_codes(as_array(operand, total))
+            candidates: list[tuple[Record, Step]] = []
+            for tile in sm90.candidates(rows, weights.experts):
+                launch = sm90.grouped_gemm(layer.device, weights, operand, rows, groups, result, end, tile)
+                candidates.append((dict(tile._asdict()), launch))
+            records[sm90.key(layer.device, weights, rows)] = tuning.fastest(candidates, as_array(result, total))
+        return records
+
+
+Gemms = CublasltGemms | Sm90Gemms
+BACKENDS: dict[str, type[CublasltGemms] | type[Sm90Gemms]] = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms}

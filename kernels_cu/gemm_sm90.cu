@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0
+// Grouped GEMM for Hopper: each expert's fp8 rows times its fp8 weights, with the activation in the end of GEMM 1.
+//
+// A tile is CHANNELS weight rows by ROWS rows of activations, and the weights are the M side of wgmma: ROWS can be as small
+// as 8, so that a few rows cost no padding, and the same kernel serves many. One thread, the producer, keeps STAGES stages of
+// both operands on their way into shared memory (TMA, 128 columns at a time); two consumer warpgroups multiply them, 64
+// weight rows each. The tiles are numbered by a schedule that every block works out itself from the row counts of the
+// experts; a block takes the next one that is left, so that none waits for another. docs/kernels.md has the pictures.
+//
+// The order of the weight rows in shared memory is that of the tensor map: each 16 rows of a fragment are
+//   GATED       8 gates, then the 8 ups of the same channels: a thread holds both sides of a product
+//   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
+//
+// Constants put in front of this text:
+//   ROWS        rows of activations per tile: N of wgmma
+//   STAGES      stages in shared memory
+//   END         what happens to a finished tile:
+//                   PRODUCT    the bare product, times unit
+//                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
+//                   CODES      the same, quantised with a given scale
+//   Out         PRODUCT: Half | float
+//   Bias        None | Half | Bfloat16 | float
+//   ACT         activation (enum Act), used unless END is PRODUCT
+//   PER_CHANNEL one weight scale per column instead of one or two per expert
+// and the functions wgmma for ROWS and what is left of it in the last tile of an expert.
+
+constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle
+constexpr int CHANNELS = 128;
+constexpr int CONSUMERS = 256;
+constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
+constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
+constexpr int HALF = (ROWS / 2 + 7) / 8 * 8, QUARTER = (ROWS / 4 + 7) / 8 * 8;  // multiples of 8, as N of wgmma has to be
+constexpr int SUMS = ROWS / 2;  // of a thread
+constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
+
+struct alignas(64) TensorMap { long long words[16]; };
+
+// ---- barriers and copies ----------------------------------------------------------------------------------------
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+__device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n"
+        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}"
+        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int column, int group, int expert, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5, %6}], [%2];"
+        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(0), "r"(group), "r"(expert)
+        : "memory");
+}
+__device__ __forceinline__ void copy_rows(void* to, const TensorMap& map, int column, int row, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
+}
+
+// ---- schedule ---------------------------------------------------------------------------------------------------
+struct Groups {
+    const int* expert_offsets;  // (experts + 1,), read unless padded
+    const int* expert_counts;   // (experts,)
+    int experts;
+    int max_tokens;             // padded form: expert e's rows begin at e * max_tokens; else 0
+    int channel_tiles;          // tiles along the weight rows of one expert
+    int steps;                  // stages along K
+    int* claims;                // {tiles taken beyond the first of each block, blocks done}, both 0 between launches
+};
+
+// An expert with rows; the last entry is the end, with the number of tiles in all.
+struct alignas(16) Entry { int first_tile, expert, row, count; };
+
+// By one warp.
+__device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entries) {
+    const int lane = threadIdx.x % LANES;
+    int tiles = 0, used = 0;
+    for (int base = 0; base < groups.experts; base += LANES) {
+        const int expert = base + lane;
+        const int count = expert < groups.experts ? groups.expert_counts[expert] : 0;
+        const int mine = (count + ROWS - 1) / ROWS * groups.channel_tiles;
+        int inclusive = mine;
+        for (int offset = 1; offset < LANES; offset *= 2) {
+            const int left = __shfl_up_sync(FULL_WARP, inclusive, offset);
+            if (lane >= offset) inclusive += left;
+        }
+        const u32 with_rows = __ballot_sync(FULL_WARP, mine > 0);
+        if (mine > 0) {
+            const int row = groups.max_tokens ? expert * groups.max_tokens : groups.expert_offsets[expert];
+            entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, row, count};
+        }
+        tiles += __shfl_sync(FULL_WARP, inclusive, LANES - 1);
+        used += __popc(with_rows);
+    }
+    if (lane == 0) entries[used] = {tiles, 0, 0, 0};
+}
+
+// Where a tile lies. All row tiles of a stretch of weights have consecutive numbers, so that the weights come from memory
+// once.
+struct Place {
+    const Entry* entry;
+    int expert, channel_tile, row, count;
+
+    __device__ explicit Place(const Entry* entries) : entry(entries) {}
+    // Moves on to a tile, whose numbers only grow; false behind the last one.
+    __device__ bool seek(int tile) {
+        while (entry->count > 0 && tile >= entry[1].first_tile) ++entry;
+        const Entry here = *entry;
+        if (here.count == 0) return false;
+        const int within = tile - here.first_tile, row_tiles = (here.count + ROWS - 1) / ROWS;
+        channel_tile = within / row_tiles;
+        const int skipped = (within - channel_tile * row_tiles) * ROWS;
+        expert = here.expert;
+        row = here.row + skipped;
+        count = min(here.count - skipped, ROWS);
+        return true;
+    }
+};
+
+// ---- multiplication ---------------------------------------------------------------------------------------------
+// A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
+// bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) { return u64(address) | u64(1024 >> 4) << 32 | u64(1) << 62; }
+
+// Two warpgroups that multiply at the same time also add at the same time, and the tensor cores idle meanwhile. They take
+// turns instead: one multiplies while the other adds, and the turn passes when the last product has begun.
+__device__ __forceinline__ void await_turn() { asm volatile("bar.sync %0, 256;" ::"r"(1 + threadIdx.x / 128) : "memory"); }
+__device__ __forceinline__ void pass_turn() { asm volatile("bar.arrive %0, 256;" ::"r"(2 - threadIdx.x / 128) : "memory"); }
+
+// The accumulators of the tensor cores hold fewer bits than float32: each stage is added to the sum on its own. Columns from
+// COLS on stay as they are.
+template <int COLS>
+__device__ __forceinline__ void multiply_add(float (&sum)[SUMS], const u8* weights, const u8* rows) {
+    constexpr bool IN_TURNS = COLS >= 64;  // shorter products are over before the turn has passed
+    const u32 a = shared_address(weights) / 16, b = shared_address(rows) / 16;
+    float part[COLS / 2];
+    if constexpr (IN_TURNS) await_turn();
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < STEP / 32; ++k) {
+        wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), k > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+    if constexpr (IN_TURNS) {
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        pass_turn();
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
+#pragma unroll
+    for (int i = 0; i < COLS / 2; ++i) sum[i] += part[i];
+}
+
+// ---- ends -------------------------------------------------------------------------------------------------------
+struct Epilogue {
+    void* out;                 // (rows, pitch): Out or e4m3 codes
+    long long pitch;
+    int cols;                  // columns that exist; zeros up to out_cols if CODES
+    int out_cols;
+    float unit;                // PRODUCT: factor; else of the row scales
+    const float* x_scale;      // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
+    int x_scale_row_stride, x_scale_expert_stride;
+    const float* w_scale;      // [expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
+    int w_scale_stride, w_scale_up;
+    const Bias* bias;          // (experts, 2 * cols), or (experts, cols) if not gated
+    const float* scale_in;     // CODES: [expert * scale_expert_stride]; null: scale_value
+    float scale_value;
+    int scale_expert_stride;
+    float* partials;           // ACTIVATED: (PARTIALS,)
+};
+
+// Scale and bias of one weight row; up: of its second half. Zeros where there is no such row: so is what is activated.
+struct Channel {
+    float scale, shift;
+    __device__ __forceinline__ Channel(const Epilogue& end, int expert, int col, int up) : scale(0.0f), shift(0.0f) {
+        if (col >= end.cols) return;
+        scale = pick(end.w_scale, (long long)expert * end.w_scale_stride + up * end.w_scale_up + (PER_CHANNEL ? col : 0), 1.0f);
+        if constexpr (sizeof(Bias) > 1)
+            shift = to_float(end.bias[expert * (GATED ? 2 : 1) * (long long)end.cols + up * end.cols + col]);
+    }
+    __device__ __forceinline__ float of(float x, float row_scale) const { return fmaf(x, row_scale * scale, shift); }
+};
+
+// The scales of this thread's rows of a tile: row 8 * j + 2 * (lane % 4) + i at 2 * j + i.
+__device__ __forceinline__ void load_row_scales(const Epilogue& end, const Place& at, float (&scales)[ROWS / 4]) {
+    const int first = 2 * (threadIdx.x % 4);
+    const float* from = end.x_scale ? end.x_scale + at.expert * end.x_scale_expert_stride : nullptr;
+#pragma unroll
+    for (int k = 0; k < ROWS / 4; ++k) {
+        const int within = 8 * (k / 2) + first + k % 2;
+        scales[k] = end.unit;
+        if (from && within < at.count) scales[k] *= from[(long long)(at.row + within) * end.x_scale_row_stride];
+    }
+}
+
+// A finished tile: sum[4 * j + 2 * h + i] is half h of this thread's pair of channels in row 8 * j + 2 * (lane % 4) + i.
+// Returns the largest finite magnitude if ACTIVATED.
+__device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const float (&sum)[SUMS]) {
+    const int lane = threadIdx.x % LANES, first_row = 2 * (lane % 4);
+    const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES * 8 + lane / 4, col = GATED ? pair : 2 * pair;
+    float largest = 0.0f;
+    if (col >= end.out_cols) return largest;
+    float row_scales[ROWS / 4];
+    if constexpr (END != PRODUCT) load_row_scales(end, at, row_scales);
+    const Channel first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED);
+    const Divisor divisor(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f);
+    const long long start = (at.row + first_row) * end.pitch + col;
+    const int pitch = int(end.pitch);
+#pragma unroll
+    for (int k = 0; k < ROWS / 4; ++k) {
+        // Rows that do not exist are calculated too: branches would keep the rows from overlapping.
+        const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
+        const bool exists = first_row + down < at.count;
+        const long long place = start + down * pitch;
+        const float a = sum[at_sum], b = sum[at_sum + 2];
+        if constexpr (END == PRODUCT) {
+            struct alignas(2 * sizeof(Out)) Two { Out a, b; } two;
+            from_float(a * end.unit, two.a);
+            from_float(b * end.unit, two.b);
+            if (exists) *reinterpret_cast<Two*>(static_cast<Out*>(end.out) + place) = two;
+        } else {
+            const float scaled = first.of(a, row_scales[k]), other = second.of(b, row_scales[k]);
+            const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
+            if constexpr (END == ACTIVATED) {
+                const float magnitude = fmaxf(finite_magnitude(x), finite_magnitude(y));
+                largest = fmaxf(largest, exists ? magnitude : 0.0f);
+                float* to = static_cast<float*>(end.out) + place;
+                if (GATED && exists) *to = x;
+                if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
+            } else {
+                u8* to = static_cast<u8*>(end.out) + place;
+                const u32 codes = encode_pair(divisor.divide(x), divisor.divide(y));
+                if (GATED && exists) *to = u8(codes);
+                if (!GATED && exists) *reinterpret_cast<u16*>(to) = u16(codes);
+            }
+        }
+    }
+    return largest;
+}
+
+// ---- the two roles ----------------------------------------------------------------------------------------------
+constexpr int NO_TILE = -1;
+
+// Shared memory, from an address that is a multiple of 1024 on, where the swizzle begins anew.
+struct Ring {
+    u8* base;
+    __device__ __forceinline__ u8* stage(int i) const { return base + i * STAGE_BYTES; }  // weights, then rows
+    __device__ __forceinline__ u64* full(int i) const { return reinterpret_cast<u64*>(stage(STAGES)) + i; }  // barriers
+    __device__ __forceinline__ u64* empty(int i) const { return full(STAGES) + i; }
+    // What a stage belongs to; NO_TILE behind the last.
+    __device__ __forceinline__ int& tile(int i) const { return reinterpret_cast<int*>(empty(STAGES))[i]; }
+    __device__ __forceinline__ Entry* entries() const { return reinterpret_cast<Entry*>(&tile((STAGES + 3) / 4 * 4)); }
+};
+
+// A stage of the ring, and the parity of the round: that of the barriers' phase.
+struct Slot {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
+                                        const Entry* entries) {
+    const auto copy_rows_of = [&](int stage, int row, int step) {
+        copy_rows(ring.stage(stage) + WEIGHT_BYTES, rows, step * STEP, row, ring.full(stage));
+    };
+    // The kernel in front makes the rows, not the weights: stages of those are on their way before its end.
+    bool waited = false;
+    int early = 0;
+    const auto wait_for_rows = [&] {
+        wait_for_previous_kernel();
+        waited = true;
+        Place at(entries);
+        for (int stage = 0; stage < early; ++stage) {
+            at.seek(ring.tile(stage));
+            copy_rows_of(stage, at.row, stage % groups.steps);
+        }
+    };
+    Place at(entries);
+    Slot slot;
+    for (int tile = blockIdx.x, next; at.seek(tile); tile = next) {
+        next = gridDim.x + atomicAdd(groups.claims, 1);
+        for (int step = 0; step < groups.steps; ++step, slot.next()) {
+            if (!waited && early == STAGES) wait_for_rows();
+            wait(ring.empty(slot.stage), slot.parity ^ 1);  // passes in the first round
+            ring.tile(slot.stage) = tile;
+            expect_bytes(ring.full(slot.stage), STAGE_BYTES);
+            copy_weights(ring.stage(slot.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16),
+                         at.expert, ring.full(slot.stage));
+            if (waited) copy_rows_of(slot.stage, at.row, step);
+            else ++early;
+        }
+    }
+    if (!waited) wait_for_rows();
+    wait(ring.empty(slot.stage), slot.parity ^ 1);
+    ring.tile(slot.stage) = NO_TILE;
+    arrive(ring.full(slot.stage));
+    if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
+}
+
+// All stages of a tile, the first COLS of its rows.
+template <int COLS>
+__device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps) {
+    const int mine = threadIdx.x / 128 * (64 * STEP);
+    for (; steps > 0; --steps, slot.next()) {
+        const u8* here = ring.stage(slot.stage);
+        wait(ring.full(slot.stage), slot.parity);
+        multiply_add<COLS>(sum, here + mine, here + WEIGHT_BYTES);
+        if (threadIdx.x % LANES == 0) arrive(ring.empty(slot.stage));
+    }
+}
+
+// Returns the largest finite magnitude of this thread's results if ACTIVATED.
+__device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Entry* entries, const Epilogue& end) {
+    float largest = 0.0f;
+    if (threadIdx.x >= 128) pass_turn();  // the first turn is that of the first warpgroup
+    Place at(entries);
+    for (Slot slot;;) {
+        wait(ring.full(slot.stage), slot.parity);
+        const int tile = ring.tile(slot.stage);
+        if (tile == NO_TILE) return largest;
+        at.seek(tile);
+        float sum[SUMS] = {};
+        // The last tile of an expert may have few rows.
+        if (at.count > HALF) multiply_tile<ROWS>(sum, ring, slot, groups.steps);
+        else if (at.count > QUARTER) multiply_tile<HALF>(sum, ring, slot, groups.steps);
+        else multiply_tile<QUARTER>(sum, ring, slot, groups.steps);
+        largest = fmaxf(largest, finish(end, at, sum));
+    }
+}
+
+extern __shared__ u8 dynamic_shared[];
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm(
+    const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows, Groups groups, Epilogue end)
+{
+    const Ring ring = {dynamic_shared + (-shared_address(dynamic_shared) & 1023)};
+    Entry* entries = ring.entries();
+    __shared__ u32 block_largest;
+
+    // The row counts are older than the kernel in front, which wrote the rows, and the one before that.
+    if (threadIdx.x < LANES) make_schedule(groups, entries);
+    if (threadIdx.x == CONSUMERS) {
+        block_largest = 0;
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(ring.full(i), 1);
+            init_barrier(ring.empty(i), CONSUMERS / LANES);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= CONSUMERS) {
+        // In all 3 * 168 registers for each thread of three warpgroups: 40 + 2 * 232.
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == CONSUMERS) produce(ring, weights, rows, groups, entries);
+        __syncwarp();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        wait_for_previous_kernel();
+        float largest = consume(ring, groups, entries, end);
+        if constexpr (END == ACTIVATED) {
+            for (int offset = LANES / 2; offset > 0; offset /= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, offset));
+            if (threadIdx.x % LANES == 0) atomicMax(&block_largest, __float_as_uint(largest));
+        }
+    }
+    if constexpr (END == ACTIVATED) {
+        __syncthreads();
+        for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < PARTIALS; i += gridDim.x * THREADS)
+            end.partials[i] = i == int(blockIdx.x) ? __uint_as_float(block_largest) : 0.0f;
+    }
+}

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases for the grouped GEMM of ``gemm_sm90.cu`` alone: operands, launch, exact result, comparison.
+
+Rows that belong to no expert hold NaN, and so does every output before the launch.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+from gpu_cases import CODE_STD, cupy, host, normal, poison, random_codes, relative_error, same_bits, weight_scale
+
+from cupy_moe import e4m3, sm90
+from cupy_moe.activations import ACTIVATIONS, activate
+from cupy_moe.launches import NO_BIAS, PARTIALS, UNSCALED, Bias, Matrix, RowScale, WeightScale
+
+LIMITS = {"float32": 3e-4, "float16": 4e-4, "activated": 1e-3}
+"""Relative Frobenius error; the rounding to float16 adds its own, and a square doubles it."""
+FEW = 1000
+"""Of fewer results than this the error is a matter of luck: three times as much may be."""
+
+
+def edges(tile):
+    """Numbers of rows around everything that depends on ROWS."""
+    rows = tile.rows
+    parts = (rows, rows // 2, rows // 4, -(-rows // 2 // 8) * 8, -(-rows // 4 // 8) * 8)  # the last two: HALF, QUARTER
+    return sorted({0, 1, 7, 8, 9, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
+
+
+def all_edges():
+    """Those of every tile, each an expert, with empty experts between."""
+    counts = sorted(set().union(*map(edges, sm90.TILES)))
+    counts += [0] * len(counts)
+    return np.random.default_rng(0).permutation(counts)
+
+
+class Case:
+    """Operands for experts with ``counts`` rows, 3 rows of nobody behind them or, if padded, behind each expert's."""
+
+    def __init__(self, seed, counts, n, k, *, max_tokens=0):
+        self.counts, self.n, self.k, self.max_tokens = np.asarray(counts, np.int32), n, k, max_tokens
+        self.experts = len(self.counts)
+        offsets = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        self.first = np.arange(self.experts) * max_tokens if max_tokens else offsets[:-1]
+        rows = self.experts * max_tokens if max_tokens else int(offsets[-1]) + 3
+        owners = np.full(rows, -1)
+        for expert in np.flatnonzero(self.counts):
+            owners[self.rows_of(expert)] = expert
+        self.valid, self.nobody = (cupy.asarray(np.flatnonzero(mask)) for mask in (owners >= 0, owners < 0))
+        self.owners = cupy.asarray(owners[owners >= 0])
+        self.x, self.w = random_codes(seed, (rows, k)), random_codes(seed + 1, (self.experts, n, k))
+        self.x[self.nobody] = 0xFF
+        self.offsets = cupy.asarray(offsets if not max_tokens else np.full(self.experts + 1, -1), np.int32)
+        self.device_counts, self.claims = cupy.asarray(self.counts), cupy.zeros(2, np.int32)
+
+    def rows_of(self, expert):
+        return slice(self.first[expert], self.first[expert] + self.counts[expert])
+
+    def exact(self, *, on_host=False):
+        """The products of the rows that belong to experts, float64; ``on_host``: made with NumPy."""
+        parts = [cupy.zeros((0, self.n))]
+        for expert in np.flatnonzero(self.counts):
+            operands = self.x[self.rows_of(expert)], self.w[expert]
+            x, w = (e4m3.decode(host(x) if on_host else x).astype(np.float64) for x in operands)
+            parts.append(cupy.asarray(x @ w.T))
+        return cupy.concatenate(parts)
+
+    def launch(self, out, end, tile, *, paired=False):
+        weights = sm90.Weights(self.w.data.ptr, self.experts, self.n, self.k, paired=paired)
+        groups = sm90.Groups(
+            self.offsets.data.ptr, self.device_counts.data.ptr, self.claims.data.ptr, self.max_tokens
+        )
+        x = Matrix(self.x.data.ptr, self.k, "uint8")
+        to = Matrix(out.data.ptr, out.shape[1], out.dtype.name)
+        return sm90.grouped_gemm(0, weights, x, len(self.x), groups, to, end, tile)
+
+    def run(self, dtype, cols, end, tile, **options):
+        """The rows that belong to experts, of a result with ``cols`` columns."""
+        out = poison(cupy.empty((len(self.x), cols), dtype))
+        self.launch(out, end, tile, **options)(cupy.cuda.get_current_stream().ptr)
+        assert not self.claims.any(), f"{tile}: claims {self.claims}"
+        assert (out.view(np.uint8)[self.nobody] == 0xFF).all(), f"{tile}: wrote to rows of nobody"
+        return out[self.valid]
+
+    def product(self, tile, dtype="float32"):
+        """The product in the unit that the layer takes, and what it stands for."""
+        unit = 1.0 if dtype == "float32" else e4m3.half_unit(self.k)
+        got = self.run(dtype, self.n, sm90.End("PRODUCT", unit=unit), tile)
+        return got, got.astype(np.float64) * unit
+
+
+def assert_close(got, want, kind, tile):
+    error = relative_error(got, want)
+    limit = LIMITS[kind] * (1 if got.size >= FEW else 3)
+    assert error <= limit, f"{tile}, {kind}: relative error {error:.2e}"
+
+
+class Layer(Case):
+    """A first GEMM: ``cols`` channels that are there, in weights padded to a multiple of 16, with scales and bias."""
+
+    def __init__(self, seed, counts, cols, k, *, act="silu", kind="(E,)", x_kind="row", bias=None, max_tokens=0):
+        self.act, self.gated, self.cols = act, ACTIVATIONS[act].gated, cols
+        self.halves, self.pitch = 2 if self.gated else 1, -(-cols // 16) * 16
+        super().__init__(seed, counts, self.halves * self.pitch, k, max_tokens=max_tokens)
+        rng, channels = np.random.default_rng(seed), self.halves * cols
+        self.w_scale = weight_scale(rng, kind, self.experts, channels, k)
+        shape = {"row": len(self.x), "expert": self.experts, "one": 1, "number": 1}[x_kind]
+        self.x_scale, self.x_kind = cupy.asarray(rng.uniform(0.8, 1.2, shape) / CODE_STD, np.float32), x_kind
+        self.bias = None if bias is None else normal(seed + 2, (self.experts, channels), bias)
+        self.code_scale = cupy.asarray(rng.uniform(0.005, 0.02, self.experts), np.float32)
+        self.partials = cupy.empty(PARTIALS, np.float32)
+
+    def end(self, kind, scale=UNSCALED):
+        checked = SimpleNamespace(pointer=self.w_scale.data.ptr, shape=self.w_scale.shape)
+        w_scale = WeightScale.of(checked, self.halves * self.cols, self.cols if self.gated else 0)
+        address = self.x_scale.data.ptr
+        x_scale = {
+            "row": RowScale(address, row_stride=1), "expert": RowScale(address, expert_stride=1),
+            "one": RowScale(address), "number": RowScale(value=float(self.x_scale[0])),
+        }[self.x_kind]
+        bias = NO_BIAS if self.bias is None else Bias(self.bias.data.ptr, self.bias.dtype.name)
+        return sm90.End(
+            kind, self.act, self.cols, x_scale=x_scale, w_scale=w_scale, bias=bias, scale=scale,
+            partials=self.partials.data.ptr,
+        )
+
+    def want(self, *, on_host=False):
+        """What is in front of the requantisation, (valid rows, pitch)."""
+        if not len(self.valid):
+            return cupy.zeros((0, self.pitch))
+        rows = self.exact(on_host=on_host).reshape(-1, self.halves, self.pitch)
+        rows = rows[:, :, : self.cols].reshape(len(rows), self.halves * self.cols)
+        x_scale = {"row": self.valid, "expert": self.owners}.get(self.x_kind, cupy.zeros_like(self.owners))
+        w_scale = self.w_scale.reshape(self.experts, -1)
+        w_scale = cupy.repeat(w_scale, rows.shape[1] // w_scale.shape[1], axis=1)
+        rows = rows * self.x_scale[x_scale][:, None].astype(np.float64) * w_scale[self.owners]
+        if self.bias is not None:
+            rows = rows + self.bias.astype(np.float32)[self.owners]
+        return cupy.pad(activate(self.act, rows), ((0, 0), (0, self.pitch - self.cols)))
+
+    def check(self, tile, *, per_expert=False, want=None):
+        """ACTIVATED against ``want``, its maximum, and CODES against it."""
+        poison(self.partials)
+        got = self.run("float32", self.pitch, self.end("ACTIVATED"), tile, paired=self.gated)
+        assert_close(got, self.want() if want is None else want, "activated", tile)
+        assert not got[:, self.cols :].any()
+        largest = float(abs(got).max()) if got.size else 0.0
+        assert float(self.partials.max()) == largest, f"{tile}: the maximum is {largest}"
+        assert bool((self.partials >= 0).all())
+        scale = RowScale(self.code_scale.data.ptr, expert_stride=1) if per_expert else RowScale(value=0.01)
+        codes = self.run("uint8", self.pitch, self.end("CODES", scale), tile, paired=self.gated)
+        divisor = self.code_scale[self.owners][:, None] if per_expert else np.float32(0.01)
+        assert same_bits(codes, e4m3.encode(got / divisor)), f"{tile}: codes are not those of the activated values"

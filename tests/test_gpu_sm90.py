@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grouped GEMM of ``gemm_sm90.cu`` alone, for every tile and end, against exact products.
+
+| test | what it reaches in the kernel |
+| --- | --- |
+| products, row counts | one row tile and several; `multiply_tile` of ROWS, a half and a quarter |
+| products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
+| products, n | weight rows beyond n in the last channel tile; `Out` of both types; the same bits from every tile |
+| experts | `make_schedule` over several warps of experts, `Place.seek` over runs of empty ones, no tile at all |
+| padded | `max_tokens` in place of offsets, rows of nobody between the experts |
+| NaN | what shares a tile with a row or a weight of NaN |
+| ends, activations | `Channel`, `load_row_scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
+| large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
+| random | all of this in changing company |
+| launches | the ring, `claims` and the early weights over 20,000 launches, one after another and with overlap |
+"""
+
+import os
+
+import numpy as np
+import pytest
+from gpu_cases import W1_KINDS, cupy, free_device_memory, poison, same_bits
+from sm90_cases import Case, Layer, all_edges, assert_close, edges
+
+import cupy_moe
+from cupy_moe import e4m3, sm90
+from cupy_moe.activations import ACTIVATIONS
+from cupy_moe.launches import RowScale
+
+pytestmark = pytest.mark.gpu
+
+RANDOM_CASES, PARTS = int(os.environ.get("CUPY_MOE_RANDOM_CASES", "2000")), 20
+KINDS = {False: [kind for kind in W1_KINDS if kind != "(E, 2)"], True: W1_KINDS}
+DEEP = sorted({tile.stages * 128 + more for tile in sm90.TILES for more in (-16, 16)})
+TILE = sm90.TILES[1]
+
+
+@pytest.fixture(autouse=True)
+def _needs_sm90():
+    status = cupy_moe.backends()["sm90"]
+    if status != "available":
+        pytest.skip(f"needs the backend sm90: {status}")
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [16, 48, 272])
+@pytest.mark.parametrize("k", sorted({16, 48, 128, 144, 1040, *DEEP}))
+def test_products(n, k, seed):
+    """Every tile at once: the order along K is the same for all of them, so the bits are."""
+    case = Case(seed, all_edges(), n, k)
+    want, first = case.exact(), None
+    for tile in sm90.TILES:
+        got, _ = case.product(tile)
+        assert_close(got, want, "float32", tile)
+        first = got if first is None else first
+        assert same_bits(got, first), f"{tile} gives other bits than {sm90.TILES[0]}"
+
+
+@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+def test_half_products(tile, seed):
+    """They are the others, rounded once."""
+    for n, k in ((48, 16), (272, 1040)):
+        case = Case(seed, all_edges(), n, k)
+        half, value = case.product(tile, "float16")
+        assert_close(value, case.exact(), "float16", tile)
+        scaled = case.product(tile)[0] * np.float32(1 / e4m3.half_unit(k))
+        assert same_bits(half, scaled.astype(np.float16))
+
+
+@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+def test_experts(tile, seed):
+    """From one expert to 256, with rows at few of them or at none."""
+    rng = np.random.default_rng(seed)
+    few = {1: [0], 2: [1], 31: [30], 33: [0, 32], 64: [31, 32], 256: [0, 1, 200, 255], 255: []}
+    for experts, with_rows in few.items():
+        counts = np.zeros(experts, np.int32)
+        counts[with_rows] = rng.integers(1, 2 * tile.rows, len(with_rows))
+        case = Case(seed, counts, 48, 80)
+        assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+    case = Case(seed, rng.integers(0, 3, 256), 48, 80)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+
+
+@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("counts", [(3, 0, 40, 1, 39, 17), (40,) * 6, (0,) * 6, (0, 0, 0, 0, 0, 1)], ids=str)
+def test_padded(counts, tile, seed):
+    case = Case(seed, counts, 272, 144, max_tokens=40)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+    Layer(seed, counts, 40, 144, max_tokens=40).check(tile, per_expert=True)
+
+
+def test_nan(seed):
+    """A row of NaN reaches itself, weights of NaN their own column: whatever shares a tile stays as it was."""
+    for tile in sm90.TILES:
+        case = Case(seed, [5, 0, 2 * tile.rows + 3], 48, 144)
+        clean, _ = case.product(tile)
+        case.x[7, 3], case.w[2, 5, 143], case.w[1] = 0x7F, 0xFF, 0xFF
+        got, _ = case.product(tile)
+        bad = cupy.zeros(got.shape, bool)
+        bad[7], bad[5:, 5] = True, True
+        assert bool((cupy.isnan(got) == bad).all()), tile
+        assert same_bits(*(cupy.where(bad, np.float32(0), y) for y in (got, clean))), tile
+
+
+# ---- ends ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+def test_ends(tile, seed):
+    """Activated values, their maximum and their codes at every row count; scales of every kind."""
+    sizes = ((16, 16, "row", "(E,)"), (19, 272, "expert", "(E, 2)"), (272, 1040, "one", "(E, 1)"),
+             (7, 48, "number", "(E, 1, 1)"))  # fmt: skip
+    for cols, k, x_kind, kind in sizes:
+        Layer(seed, all_edges(), cols, k, kind=kind, x_kind=x_kind).check(tile, per_expert=cols % 16 > 0)
+    Layer(seed, [0] * 40, 16, 48).check(tile)
+
+
+@pytest.mark.parametrize("i", range(len(ACTIVATIONS)), ids=list(ACTIVATIONS))
+def test_activations(i, seed):
+    act = list(ACTIVATIONS)[i]
+    bias = ("float32", "float16", "bfloat16", None)[i % 4]
+    kinds = KINDS[ACTIVATIONS[act].gated]
+    counts = edges(TILE)
+    for cols in (16, 19, 40):  # with and without columns beyond, of which a pair may have one
+        for kind in ("(E, n)", "(E, n, 1)") if i % 2 else [kind for kind in kinds if "n" not in kind]:
+            Layer(seed + cols, counts, cols, 512, act=act, kind=kind, bias=bias).check(TILE)
+
+
+# ---- large --------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_2_to_31_bytes_of_weights(seed):
+    free_device_memory()
+    counts = np.zeros(37, np.int32)
+    counts[[0, 18, 36]] = 5, 17, 70
+    case = Case(seed, counts, 8192, 8192)
+    assert case.w.size > 2**31
+    want = case.exact()
+    for tile in sm90.TILES:
+        assert_close(case.product(tile)[0], want, "float32", tile)
+    del case, want
+    free_device_memory()
+
+
+@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+def test_many_rows(tile, seed):
+    counts = np.random.default_rng(seed).multinomial(100_000, [0.7, 0.1, 0, 0.1, 0.05, 0.05, 0, 0])
+    case = Case(seed, counts, 48, 48)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+    Layer(seed, counts, 24, 48).check(tile)
+
+
+# ---- random -------------------------------------------------------------------------------------------------------
+
+
+def check_random(seed):
+    rng = np.random.default_rng(seed)
+    tile, padded = sm90.TILES[rng.integers(len(sm90.TILES))], rng.random() < 0.25
+    experts = round(2 ** rng.uniform(0, 4 if padded else 8))
+    counts = np.zeros(experts, np.int32)
+    busy = rng.permutation(experts)[: rng.integers(0, 9)]
+    counts[busy] = np.where(
+        rng.random(len(busy)) < 0.5, rng.choice(edges(tile), len(busy)), rng.integers(0, 3 * tile.rows, len(busy))
+    )
+    max_tokens = int(counts.max() + rng.integers(1, 9)) if padded else 0
+    n, k = (16 * round(2 ** rng.uniform(0, most)) for most in (4.5, 6))
+    end = ("float32", "float16", "activated")[rng.integers(3)]
+    print(f"seed {seed}: {tile}, {end}, n {n}, k {k}, {experts} experts, {max_tokens} each, rows {counts[counts > 0]}")
+    if end == "activated":
+        x_kind, kind = rng.choice(["row", "expert", "one", "number"]), rng.choice(["(E,)", "(E, 1)", "(E, 2)"])
+        cols = max(n // 2 - int(rng.integers(0, 16)), 1)
+        case = Layer(seed, counts, cols, k, kind=str(kind), x_kind=str(x_kind), max_tokens=max_tokens)
+        case.check(tile, per_expert=rng.random() < 0.5)
+    else:
+        case = Case(seed, counts, n, k, max_tokens=max_tokens)
+        assert_close(case.product(tile, end)[1], case.exact(), end, tile)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_cases(part):
+    """2,000 of them, or as many as CUPY_MOE_RANDOM_CASES says."""
+    for case in range(part, RANDOM_CASES, PARTS):
+        check_random(case)
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_many_launches(overlap, seed):
+    """Two GEMMs, the second on the codes of the first, 10,000 times each without a pause; more tiles than blocks."""
+    counts = [20] * 12
+    first = Layer(seed, counts, 256, 64)
+    second = Case(seed + 9, counts, 2048, 256)
+    codes, product = second.x, poison(cupy.empty((len(second.x), 2048), np.float16))
+    launches = [
+        first.launch(codes, first.end("CODES", RowScale(value=0.01)), TILE, paired=True),
+        second.launch(product, sm90.End("PRODUCT", unit=e4m3.half_unit(256)), TILE),
+    ]
+    stream = cupy.cuda.get_current_stream().ptr
+    for launch in launches:
+        launch(stream)
+    want = product.copy()
+    assert_close(want[second.valid].astype(np.float64) * e4m3.half_unit(256), second.exact(), "float16", TILE)
+    if overlap:  # each finds its own tables and weights as they were: only the codes come from the launch in front
+        launches = [launch.overlapping() for launch in launches]
+    poison(product)
+    codes[second.valid] = 0
+    for _ in range(10_000):
+        for launch in launches:
+            launch(stream)
+    assert same_bits(product, want)
+    assert not first.claims.any()
+    assert not second.claims.any()

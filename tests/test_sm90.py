@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's part of the backend sm90, and how a backend is chosen, without a GPU."""
+
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from cupy_moe import arrays, backend, sm90, tuning
+from cupy_moe.sm90 import PREFERRED, TILES, Weights
+from cupy_moe.tuning import Cache
+
+SHARED_BYTES = 227 * 1024
+"""Of a block on compute capability 9.0."""
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(tuning, "CACHE", Cache())
+    monkeypatch.setattr(tuning, "device_name", lambda device: "a device")
+    return tuning.CACHE
+
+
+# ---- tiles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_are_what_the_kernel_can_do(tile):
+    assert tile.rows % 8 == 0, "N of wgmma, in whole groups of the swizzle"
+    assert 8 <= tile.rows <= 256
+    assert tile.shared_bytes(1024) <= SHARED_BYTES
+
+
+def test_tiles_are_told_apart():
+    assert len(set(TILES)) == len(TILES)
+    assert [entry.below for entry in PREFERRED] == sorted(entry.below for entry in PREFERRED)
+    assert PREFERRED[-1].below == float("inf")
+
+
+@pytest.mark.parametrize("experts", [1, 8, 256])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000, 100_000])
+def test_candidates(rows, experts):
+    default, *others = sm90.candidates(rows, experts)
+    average = rows / max(min(rows, experts), 1)
+    assert default == next(entry.tile for entry in PREFERRED if average < entry.below)
+    assert set(others) <= set(TILES) - {default}
+
+
+def test_tile_that_tuning_has_found(cache, monkeypatch):
+    monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
+    weights = Weights(0, 8, 64, 128, paired=False)
+    default = sm90.tile_for(0, weights, 100)
+    assert default == sm90.candidates(100, 8)[0]
+    other = next(tile for tile in TILES if tile != default)
+    key = sm90.key(0, weights, 100)
+    assert key.endswith(" | a device | 8 x 64 x 128 | 128 rows")
+    cache.store({key: {**other._asdict(), "us": 1.0, "default_us": 2.0}})
+    assert sm90.tile_for(0, weights, 100) == sm90.tile_for(0, weights, 65) == other
+    assert sm90.tile_for(0, weights, 129) == sm90.candidates(129, 8)[0], "another power of two"
+    for foreign in ({}, {"average": 8, "tile": 13, "option": 1}, {**other._asdict(), "rows": 13}):
+        cache.store({key: foreign})
+        assert sm90.tile_for(0, weights, 100) == default, "not a tile there is"
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_order_of_weight_rows(paired):
+    """The rows of a tile in shared memory, read through the dimensions and strides of the tensor map."""
+    n, k = 256, 32
+    made = []
+    with mock.patch.object(sm90, "tensor_map", lambda *args: made.append(args) or (0,) * 16):
+        Weights(1 << 20, 2, n, k, paired=paired)
+    ((pointer, sizes, strides, box),) = made
+    assert pointer == 1 << 20
+    assert sizes[0] == k
+    assert sizes[1] * sizes[2] * sizes[3] == n
+    assert (sizes[4], strides[3]) == (2, n * k)
+    assert box[1] * box[2] * box[3] == sm90.CHANNELS
+    rows = [
+        (i * strides[0] + half * strides[1] + group * strides[2]) / k
+        for group in range(sizes[3]) for half in range(2) for i in range(8)
+    ]  # fmt: skip
+    for start in range(0, n, 16):
+        first, second = rows[start : start + 8], rows[start + 8 : start + 16]
+        apart = n // 2 if paired else 1  # a gate and its up, or neighbours
+        assert second == [row + apart for row in first]
+    assert sorted(rows) == list(range(n))
+
+
+# ---- which backend ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def status(monkeypatch):
+    """What `backends` says; to be changed by the test."""
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+    made = dict.fromkeys(backend.NAMES, "available")
+    monkeypatch.setattr(backend, "backends", lambda device=None: made)
+    return made
+
+
+def test_choice_of_a_backend(status, monkeypatch):
+    assert backend.choose(0, None) == "sm90"
+    assert backend.choose(0, "cublaslt") == "cublaslt"
+    status["sm90"] = "not here"
+    assert backend.choose(0, None) == "cublaslt"
+    with pytest.raises(RuntimeError, match=r"^backend: 'sm90' is not available on cuda:0: not here$"):
+        backend.choose(0, "sm90")
+    status["cublaslt"] = "gone"
+    with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. cublaslt: gone\."):
+        backend.choose(0, None)
+    assert backend.choose(0, "reference") == backend.choose(arrays.CPU, None) == "reference"
+
+
+def test_backend_of_the_environment(status, monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT, "cublaslt")
+    assert backend.choose(0, None) == "cublaslt"
+    assert backend.choose(0, "sm90") == "sm90", "an argument comes first"
+    assert backend.choose(arrays.CPU, None) == "reference", "it is for arrays on a GPU"
+    status["cublaslt"] = "gone"
+    with pytest.raises(RuntimeError, match=r"^backend: 'cublaslt' is not available on cuda:0: gone$"):
+        backend.choose(0, None)
+    monkeypatch.setenv(backend.ENVIRONMENT, "")
+    assert backend.choose(0, None) == "sm90"
+    monkeypatch.setenv(backend.ENVIRONMENT, "cutlass")
+    with pytest.raises(ValueError, match=r"^backend: .*'sm90', 'cublaslt'.*got 'cutlass'"):
+        backend.choose(0, None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "nvrtc", "reason"),
+    [("90", (13, 0), None), ("90", (12, 9), None), ("90", (12, 8), "NVRTC 12.9 or later; CuPy uses 12.8"),
+     ("100", (13, 0), "compute capability 9.0; cuda:0 has 10.0"), ("89", (13, 0), "cuda:0 has 8.9")],
+)  # fmt: skip
+def test_where_sm90_runs(monkeypatch, capability, nvrtc, reason):
+    device = SimpleNamespace(compute_capability=capability)
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeError, getDevice=lambda: 0)
+    cuda = SimpleNamespace(
+        runtime=runtime, Device=lambda number: device, nvrtc=SimpleNamespace(getVersion=lambda: nvrtc)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    problem = backend._sm90_problem(0)
+    assert problem is None if reason is None else reason in problem
