@@ -109,7 +109,7 @@ def remarks() -> list[str]:
         f"- Relative error against the float32 reference: at most {max(errors):.1e}. Against the layer without any "
         f"quantisation of activations it is {mean(beside):.3f} times that of vLLM (geometric mean; at most "
         f"{max(beside):.3f}).",
-        f"- The first call of a process, with opening cuBLASLt and all compiling: {cold:.1f} s, and {hot:.1f} s once "
+        f"- The first call of a process, with all compiling: {cold:.1f} s, and {hot:.2f} s once "
         "the kernels are in CuPy's cache.",
     ]
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one place that turns the CUDA sources into kernels.
 
-A variant of a kernel is its source with constants in front: ``common.cuh``, then one line per constant, then the file.
+A variant of a kernel is its source with constants in front: ``common.cuh``, then one line per constant, then the file
+with its own headers.
 CuPy compiles it with NVRTC for the current device and caches the result on disk under a hash of the text.
 """
 
@@ -19,6 +20,8 @@ from cupy_moe.driver import Kernel
 OPTIONS = ("--std=c++17",)
 TARGETS = {"gemm_sm90.cu": "sm_90a"}
 """Files that use instructions of one architecture alone, and that architecture."""
+HEADERS = {"gemm_sm90.cu": ("hopper.cuh", "schedule.cuh")}
+"""What a file needs beside ``common.cuh``; it may use the constants."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 """What the kernels are checked to compile for."""
 
@@ -38,13 +41,17 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
         rows = constants["ROWS"]
         # All of a tile's rows, half of them and a quarter, up to multiples of 8.
         lines += [kernels_cu.wgmma(columns) for columns in sorted({-(-rows // n // 8) * 8 for n in (1, 2, 4)})]
-    return "\n".join([kernels_cu.source("common.cuh"), *lines, kernels_cu.source(file)])
+    return "\n".join([kernels_cu.source("common.cuh"), *lines, _with_headers(file)])
+
+
+def _with_headers(file: str) -> str:
+    return "\n".join(kernels_cu.source(name) for name in (*HEADERS.get(file, ()), file))
 
 
 @cache
 def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
-    text = re.sub(r"//[^\n]*", "", kernels_cu.source(file))
+    text = re.sub(r"//[^\n]*", "", _with_headers(file))
     found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?{name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
