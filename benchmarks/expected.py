@@ -33,7 +33,10 @@ def quantize(
     x = x.float()
     if amax is None:
         amax = x.abs().amax(dim=1, keepdim=True) if per_token else x.abs().amax()
-    scale = amax.float().clamp_min(1e-30) / FP8_MAX
+    # torch multiplies by the reciprocal of a number. The last bit of the scale decides where x / scale lies halfway
+    # between two codes, as one half-precision x in a few hundred may.
+    amax = amax.float().clamp_min(1e-30)
+    scale = amax / torch.full_like(amax, FP8_MAX)
     scale = scale if per_token else scale.reshape(1)
     return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 

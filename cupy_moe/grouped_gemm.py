@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import backend as backend_choice
-from cupy_moe import e4m3, sm90, tuning
-from cupy_moe.cublaslt import ALIGNMENT, Algorithm, Context, GroupedMatmul
-from cupy_moe.launches import Matrix
+from cupy_moe import tuning
+from cupy_moe.cublaslt import Algorithm, Context, GroupedMatmul
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
@@ -53,14 +50,6 @@ PREFERRED = (
 )
 TUNING_AVERAGES = (8, 16, 32, 64, 128, 256)
 """The heuristic proposes all of its algorithms when asked with each of these."""
-
-
-class Product(NamedTuple):
-    """What `multiply` returns, CuPy arrays."""
-
-    product: Any  # (rows, n, up to a multiple of 16) float16 in units of `unit`
-    unit: float  # what 1 in `product` stands for
-    row_experts: Any  # (rows,) int32; -1 from expert_offsets[E] on, where `product` is not written
 
 
 class GroupedGemm:
@@ -154,67 +143,3 @@ class GroupedGemm:
             # Outgrown ones stay: a CUDA graph may use them, and there are few sizes.
             self._workspaces.append(dedicated((nbytes,), np.uint8))
         return int(self._workspaces[-1].data.ptr) if nbytes else 0
-
-
-def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: Any, choice: int = 0) -> Product:
-    """Multiply each expert's rows by its weights, on CuPy's current device and stream.
-
-    Parameters
-    ----------
-    device, backend
-        The current device; "cublaslt" or "sm90".
-    a, weights, expert_offsets
-        CuPy: (rows, k) and (E, n, k) codes, (E + 1,) int32. Where n or k is no multiple of 16, copies are padded.
-    choice
-        Which of the heuristic's algorithms runs.
-    """
-    import cupy
-
-    a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
-    experts, n, k = weights.shape
-    product = cupy.empty((len(a), n), cupy.float16)
-    run = {"cublaslt": _multiply_cublaslt, "sm90": _multiply_sm90}[backend]
-    run(device, a, weights, expert_offsets, product, choice)
-    owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
-    return Product(product, e4m3.half_unit(k), cupy.where(owners < experts, owners, -1).astype(cupy.int32))
-
-
-def _multiply_sm90(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, _: int) -> None:
-    import cupy
-
-    (rows, k), (experts, n, _) = a.shape, weights.shape
-    counts, claims = cupy.diff(expert_offsets), cupy.zeros(2, np.int32)
-    sm90.grouped_gemm(
-        device, sm90.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
-        sm90.Groups(expert_offsets.data.ptr, counts.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
-        sm90.End("PRODUCT", unit=e4m3.half_unit(k)),
-    )(int(cupy.cuda.get_current_stream().ptr))
-
-
-def _multiply_cublaslt(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, choice: int) -> None:
-    import cupy
-
-    stream = int(cupy.cuda.get_current_stream().ptr)
-    gemm, counts, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
-    first = expert_offsets[:-1]
-    cupy.subtract(expert_offsets[1:], first, out=counts)
-    for table, matrix in zip(pointers, (a, product), strict=True):
-        cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
-        table += matrix.data.ptr
-    gemm.prepare(len(a), pointers[0].data.ptr, pointers[1].data.ptr, choice=choice)(stream)
-
-
-@lru_cache(maxsize=64)
-def _gemm_of(context: Context, stream: int, weights: int, experts: int, n: int, k: int) -> tuple[GroupedGemm, Any, Any]:
-    """A GEMM with its tables, found again for the same addresses; one per stream, whose calls do not overlap."""
-    counts, pointers = dedicated((experts,), np.int32), dedicated((2, experts), np.int64)
-    return GroupedGemm(context, weights, experts, n, k, counts.data.ptr), counts, pointers
-
-
-def _padded(codes: Any, multiples: tuple[int, ...]) -> Any:
-    """The codes with zeros appended along each axis up to a multiple; the same memory where nothing is missing."""
-    import cupy
-
-    codes = codes.view(cupy.uint8)
-    widths = [(0, -size % multiple) for size, multiple in zip(codes.shape, multiples, strict=True)]
-    return cupy.pad(codes, widths) if any(width for _, width in widths) else codes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupy_moe import arrays, checks, grouped_gemm, launches, reference
+from cupy_moe import arrays, checks, launches, products, reference
 from cupy_moe import backend as backend_choice
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.checks import FLOATS, FP8
@@ -183,7 +183,7 @@ def grouped_gemm_fp8(
     if 0 in left.shape or 0 in right.shape:
         return out
     with arrays.numeric_scope(arguments.library, arguments.device):
-        product, unit, owners = grouped_gemm.multiply(
+        product, unit, owners = products.multiply(
             arguments.device, chosen, *map(arguments.numeric, (a, b, expert_offsets))
         )
     arguments.run(launches.combine(

@@ -29,7 +29,7 @@ from gpu_cases import (
     same_bits,
 )  # fmt: skip
 
-from cupy_moe import Experts, Workspace, backend, grouped_gemm, reference
+from cupy_moe import Experts, Workspace, backend, products, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -127,7 +127,7 @@ def test_every_algorithm(shape, tokens, seed):
         want = reference.grouped_gemm_fp8(a, weights, offsets, out_dtype="float32")
         for choice in range(100):
             try:
-                product, unit, owners = grouped_gemm.multiply(0, "cublaslt", a, weights, offsets, choice=choice)
+                product, unit, owners = products.multiply(0, "cublaslt", a, weights, offsets, choice=choice)
             except IndexError:
                 break
             error = relative_error(product.astype(np.float32) * np.float32(unit), want)

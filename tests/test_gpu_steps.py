@@ -109,6 +109,17 @@ def test_grouped_gemm(n, k, out_dtype, seed):
         assert not host(got)[-3:].astype(np.float32).any()
 
 
+@pytest.mark.gemm
+def test_grouped_gemm_misaligned(seed):
+    rows, experts, n, k = 70, 3, 64, 48
+    a = random_codes(seed, rows * k + 1)[1:].reshape(rows, k)
+    b = random_codes(seed + 1, experts * n * k + 3)[3:].reshape(experts, n, k)
+    _, offsets = sorted_rows(seed, rows, experts)
+    got = cupy_moe.grouped_gemm_fp8(a, b, offsets, a_scale=0.01, out_dtype="float32")
+    want = expected(reference.grouped_gemm_fp8, a, b, offsets, a_scale=0.01, out_dtype="float32")
+    assert relative_error(host(got), want) <= STEP_LIMIT
+
+
 COMBINES = (
     ("float16", "bfloat16", 2), ("float16", "float16", 8), ("bfloat16", "float32", 1), ("float32", "float32", 5)
 )  # fmt: skip
