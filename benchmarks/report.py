@@ -159,6 +159,9 @@ def steps_table() -> list[str]:
 
 def details() -> str:
     """What ``docs/performance.md`` says."""
+    waits = "Our kernels start while the one in front of them still runs, and the profiler counts their wait."
+    if not load(TIMELINE)["header"].get("overlap", True):
+        waits = "Each kernel was started when the one in front of it was done, which is not so in a call."
     lines = [
         "## The 45 cells", "",
         "Scales per tensor, uniform routing, CUDA graph, warm L2 cache. The columns named after another kind have "
@@ -171,9 +174,8 @@ def details() -> str:
     lines += [
         "## Time over the floor", "", "![Time over the floor against M](images/floor.png)", "",
         "## Where the time goes", "",
-        "Microseconds by the profiler, without the gaps between kernels; \"quantize\" and \"activation\" are two "
-        "kernels each where one dynamic scale serves the tensor. Our kernels start while the one in front of them "
-        "still runs, and the profiler counts their wait.", "",
+        "Microseconds by the profiler, without the gaps between kernels. \"quantize\" is two kernels where one dynamic "
+        "scale serves the tensor; \"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
     ]  # fmt: skip
     steps = load(STEPS)

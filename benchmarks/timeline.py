@@ -66,6 +66,7 @@ def main() -> int:
     options = parser.parse_args()
     header = make_header("benchmarks.timeline", sys.argv[1:], out=options.out, commit=options.commit)
     pipeline.CALLS_BEFORE_REPLAY = sys.maxsize  # the profiler names kernels, not graphs
+    pipeline.OVERLAP = header["overlap"] = False  # it would count a kernel's wait for the one in front
     records: list[dict[str, Any]] = []
     for shape in cases.SHAPES:
         for scheme in cases.SCHEMES:

@@ -24,6 +24,8 @@ from cupy_moe.workspace import Workspace, dedicated
 
 CALLS_BEFORE_REPLAY = 2
 """Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
+OVERLAP = True
+"""Whether kernels start while the one in front still runs; off where each is to be seen by itself."""
 
 
 class CallShape(NamedTuple):
@@ -148,7 +150,7 @@ class Plan:
         self._moved = False  # since the replay took the addresses over
         self._replay: Replay | None = None
         for step in self.steps:
-            if isinstance(step, Launch):
+            if OVERLAP and isinstance(step, Launch):
                 step.overlapping()
 
     def __call__(self, stream: int, at: Addresses, *, capturing: bool) -> None:
