@@ -54,10 +54,11 @@ def key(device: int, weights: Weights, rows: int) -> str:
 
 
 def candidates(rows: int, experts: int) -> list[Tile]:
-    """The tiles that tuning tries for ``rows`` rows in all, the default first."""
+    """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
     average = rows / max(min(rows, experts), 1)
     default = next(entry.tile for entry in PREFERRED if average < entry.below)
-    return [default, *(tile for tile in TILES if tile != default and average / 4 <= tile.rows <= max(32, 4 * average))]
+    worth = [tile for tile in TILES if min(average / 4, 96) <= tile.rows <= max(32, 4 * average)]
+    return [default, *(tile for tile in worth if tile != default)]
 
 
 def tile_for(device: int, weights: Weights, rows: int) -> Tile:

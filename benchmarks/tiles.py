@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the layers of the benchmark with every tile of the backend sm90.
+
+``python -m benchmarks.tiles --out FILE.json`` writes ``header`` and, for each layer and number of tokens M, the tiles
+with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform routing; both GEMMs
+take the same tile). It prints, for ranges of rows per expert, which tiles lose least against the best of each case:
+what `cupy_moe.sm90.PREFERRED` is made from.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+from unittest import mock
+
+import cupy_moe
+from benchmarks import cases, timing
+from benchmarks.records import make_header, make_parser, save
+from cupy_moe import sm90
+from cupy_moe.sm90 import Tile
+
+TOKENS = (*cases.TOKENS, 1024, 2048, 4096)
+
+
+def time_tile(weights: cases.Weights, inputs: cases.Inputs, tile: Tile) -> float:
+    """Microseconds of a call whose GEMMs take ``tile``."""
+    with mock.patch.object(sm90, "tile_for", return_value=tile):
+        experts = cupy_moe.Experts(
+            weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend="sm90"
+        )
+        graph, _ = timing.capture(lambda: experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
+        return timing.time_warm(graph.replay, hold=True).us
+
+
+def measure(shape: cases.Shape) -> list[dict[str, Any]]:
+    """One record for each number of tokens, the fastest tile first."""
+    weights, records = cases.make_weights(shape), []
+    for tokens in TOKENS:
+        inputs = cases.make_inputs(shape, tokens, weights=weights)
+        rows = tokens * shape[1]
+        per_expert = rows / min(rows, shape[0])
+        times = [(time_tile(weights, inputs, tile), tile) for tile in sm90.candidates(rows, shape[0])]
+        ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
+        records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})
+        print(*shape, "M", tokens, "  ".join(f"{one['rows']}: {one['us']:.1f}" for one in ranked), flush=True)
+    return records
+
+
+def print_ranking(records: list[dict[str, Any]]) -> None:
+    """For each power of two of rows per expert, how much each tile loses against the best of each case."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(round(math.log2(record["rows_per_expert"])), []).append(record)
+    for power, group in sorted(groups.items()):
+        losses: dict[int, list[float]] = {}
+        for record in group:
+            for one in record["tiles"]:
+                losses.setdefault(one["rows"], []).append(math.log(one["us"] / record["tiles"][0]["us"]))
+        means = {rows: math.exp(sum(of) / len(of)) for rows, of in losses.items() if len(of) == len(group)}
+        text = "  ".join(f"{rows} rows: {loss:.3f}" for rows, loss in sorted(means.items(), key=lambda item: item[1]))
+        print(f"about {1 << power:5d} rows per expert ({len(group)} cases): {text}")
+
+
+def main() -> int:
+    """Run all layers."""
+    options = make_parser("benchmarks.tiles", __doc__).parse_args()
+    header = make_header("benchmarks.tiles", sys.argv[1:], out=options.out, commit=options.commit)
+    records = [record for shape in cases.SHAPES for record in measure(shape)]
+    save(options.out, header, records)
+    print_ranking(records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
