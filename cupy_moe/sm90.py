@@ -13,6 +13,8 @@ from cupy_moe.launches import NO_BIAS, PARTIALS, UNSCALED, UNSCALED_WEIGHT, Bias
 
 CHANNELS, THREADS, STEP = 128, 384, 128
 """Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_sm90.cu``."""
+SHARED_BYTES = 227 << 10
+"""What a block can have of shared memory."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 20, 1024  # a ring entry: two barriers and a tile
 
 
@@ -26,6 +28,13 @@ class Tile(NamedTuple):
         """Dynamic shared memory of a block: the stages and the schedule."""
         stage = STEP * (CHANNELS + self.rows) + _RING_BYTES
         return _SWIZZLE_BYTES + self.stages * stage + (experts + 2) * _ENTRY_BYTES
+
+    def fitting(self, experts: int) -> Tile:
+        """The tile with as many stages as the schedule of ``experts`` experts leaves room for."""
+        stages = self.stages
+        while stages > 2 and self._replace(stages=stages).shared_bytes(experts) > SHARED_BYTES:
+            stages -= 1
+        return self._replace(stages=stages)
 
 
 class Preference(NamedTuple):
@@ -110,13 +119,12 @@ def grouped_gemm(
     device: int, weights: Weights, x: Matrix, rows: int, groups: Groups, out: Matrix, end: End, tile: Tile | None = None
 ) -> Launch:
     """The launch that multiplies ``rows`` rows (an upper bound) of codes ``x`` into ``out``."""
-    tile = tile or tile_for(device, weights, rows)
+    tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
     out_type = out.dtype if end.kind == "PRODUCT" else "float32"  # the others know theirs
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, END=end.kind,
-        Out=compiler.CUDA_TYPES[out_type],
-        Bias=compiler.CUDA_TYPES.get(end.bias.dtype, "None"), ACT=end.activation.upper(),
-        PER_CHANNEL=end.w_scale.per_channel,
+        Out=compiler.CUDA_TYPES[out_type], Bias=compiler.CUDA_TYPES.get(end.bias.dtype, "None"),
+        ACT=end.activation.upper(), PER_CHANNEL=end.w_scale.per_channel,
     )
     channel_tiles = -(-weights.n // CHANNELS)
     tiles = (rows // tile.rows + min(rows, weights.experts)) * channel_tiles

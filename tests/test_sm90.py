@@ -11,9 +11,6 @@ from cupy_moe import arrays, backend, sm90, tuning
 from cupy_moe.sm90 import PREFERRED, TILES, Weights
 from cupy_moe.tuning import Cache
 
-SHARED_BYTES = 227 * 1024
-"""Of a block on compute capability 9.0."""
-
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
@@ -30,7 +27,19 @@ def cache(monkeypatch, tmp_path):
 def test_tiles_are_what_the_kernel_can_do(tile):
     assert tile.rows % 8 == 0, "N of wgmma, in whole groups of the swizzle"
     assert 8 <= tile.rows <= 256
-    assert tile.shared_bytes(1024) <= SHARED_BYTES
+    assert tile.shared_bytes(1024) <= sm90.SHARED_BYTES
+    assert tile.fitting(1024) == tile
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_many_experts_leave_room_for_fewer_stages(tile):
+    for experts in (2000, 4000, 8000):
+        fitting = tile.fitting(experts)
+        assert fitting.rows == tile.rows
+        assert 2 <= fitting.stages <= tile.stages
+        assert fitting.shared_bytes(experts) <= sm90.SHARED_BYTES
+        more = fitting._replace(stages=fitting.stages + 1)
+        assert fitting.stages == tile.stages or more.shared_bytes(experts) > sm90.SHARED_BYTES
 
 
 def test_tiles_are_told_apart():
