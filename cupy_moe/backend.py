@@ -34,7 +34,7 @@ def backends(device: int | None = None) -> dict[str, str]:
 
 
 def choose(device: int, backend: str | None) -> str:
-    """The backend for arrays on ``device``: ``backend`` if it is available, the fastest available for None.
+    """The backend for arrays on ``device``: ``backend`` if it is available, the first available of `NAMES` for None.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def explain(device: int, chosen: str) -> str:
         if name == chosen:
             lines.append(f"{name} runs on cuda:{device}.")
         elif status == "available":
-            lines.append(f"{name} is available but slower.")
+            lines.append(f"{name} is available: backend={name!r} takes it.")
         else:
             lines.append(f"{name} does not run: {status}.")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_moe import e4m3
+from cupy_moe.driver import Step
 from cupy_moe.workspace import dedicated
 
 ENVIRONMENT = "CUPY_MOE_CUBLASLT"
@@ -241,7 +242,7 @@ class GroupedMatmul:
 
     def launch(
         self, algorithm: Algorithm, weights: int, rows: int, result: int, workspace: int
-    ) -> Callable[[int], None]:
+    ) -> Step:
         """The prepared call: takes the stream. The operands are addresses of tables of ``groups`` addresses."""
         function = self.context.library.cublasLtMatmul
         stream = ctypes.c_void_p()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,6 +20,10 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B = 0, 3, 3
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+Step = Callable[[int], None]
+"""Something prepared: called with the stream."""
 
 
 class CudaError(RuntimeError):

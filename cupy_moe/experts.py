@@ -48,7 +48,7 @@ class Experts:
     out_dtype
         float16, bfloat16 or float32; None is that of the hidden states (bfloat16 if those are fp8).
     backend
-        A name of `cupy_moe.backends`; None takes the fastest available.
+        A name of `cupy_moe.backends`; None takes the first that is available there.
     workspace
         Scratch memory to share with other layers that run one after another on the same stream; None makes one. Calls
         on streams that may overlap need an `Experts` with a workspace of its own each.

@@ -7,13 +7,13 @@ Each class takes a layer's codes ``x`` (rows, K) to GEMM 2's codes ``a`` (rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cupy_moe import backend, e4m3, launches, sm90, tuning
 from cupy_moe.buffers import Buffers, as_array
+from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import UNSCALED, Matrix, RowScale
 from cupy_moe.sm90 import End, Groups
@@ -22,9 +22,6 @@ from cupy_moe.workspace import dedicated
 
 if TYPE_CHECKING:
     from cupy_moe.pipeline import CallShape, Layer
-
-Step = Callable[[int], None]
-"""Something prepared: called with the stream."""
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
@@ -107,9 +104,9 @@ class Sm90Gemms:
         """Columns and dtype of what GEMM 1 leaves, activated; none where it makes the codes."""
         return layer.intermediate if layer.a2_scale is None else 0, "float32"
 
-    def _groups(self, shape: CallShape, buffers: Buffers, gemm: int) -> Groups:
+    def _groups(self, buffers: Buffers, gemm: int, max_tokens: int = 0) -> Groups:
         claims = self._claims[gemm].data.ptr
-        return Groups(buffers.maps.expert_offsets, buffers.maps.expert_counts, claims, shape.max_tokens)
+        return Groups(buffers.maps.expert_offsets, buffers.maps.expert_counts, claims, max_tokens)
 
     def _gemm1(self, layer: Layer, buffers: Buffers, x_scale: RowScale) -> tuple[Matrix, End]:
         """Where GEMM 1's result goes, and how it ends."""
@@ -127,7 +124,7 @@ class Sm90Gemms:
         mode, _, scale_out, result = a_scaling(layer, buffers)
         out, end = self._gemm1(layer, buffers, x_scale)
         gemm = sm90.grouped_gemm(
-            layer.device, self._w1, buffers.x, shape.rows, self._groups(shape, buffers, 0), out, end
+            layer.device, self._w1, buffers.x, shape.rows, self._groups(buffers, 0, shape.max_tokens), out, end
         )
         if mode == "STATIC":
             return [gemm], result
@@ -139,17 +136,17 @@ class Sm90Gemms:
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
         """The launches from ``a`` to ``y``."""
         return [sm90.grouped_gemm(
-            layer.device, self._w2, buffers.a, shape.rows, self._groups(shape, buffers, 1), buffers.y,
-            End("PRODUCT", unit=self.unit),
+            layer.device, self._w2, buffers.a, shape.rows,
+            self._groups(buffers, 1, shape.max_tokens), buffers.y, End("PRODUCT", unit=self.unit),
         )]
 
     def tune(self, layer: Layer, rows: int, buffers: Buffers, total: int) -> dict[str, Record]:
         """Records of the fastest tiles for ``rows`` rows, ``total`` of which the layer's tables name now."""
-        records, maps = {}, buffers.maps
+        records = {}
         second = buffers.y, End("PRODUCT", unit=self.unit)
         products = ((self._w1, buffers.x, *self._gemm1(layer, buffers, UNSCALED)), (self._w2, buffers.a, *second))
-        for claims, (weights, operand, result, end) in zip(self._claims, products, strict=True):
-            groups = Groups(maps.expert_offsets, maps.expert_counts, claims.data.ptr)
+        for i, (weights, operand, result, end) in enumerate(products):
+            groups = self._groups(buffers, i)
             tuning.fill_with_codes(as_array(operand, total))
             candidates: list[tuple[Record, Step]] = []
             for tile in sm90.candidates(rows, weights.experts):

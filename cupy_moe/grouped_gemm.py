@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_moe import tuning
 from cupy_moe.cublaslt import Algorithm, Context, GroupedMatmul
+from cupy_moe.driver import Step
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
-
-Prepared = Callable[[int], None]
-"""A prepared matmul: called with the stream."""
 
 
 class Choice(NamedTuple):
@@ -117,7 +114,7 @@ class GroupedGemm:
         for average, one in proposed:
             configuration = matmul.configuration(one)
             found.setdefault(configuration, (Choice(average, *configuration), one))
-        candidates: list[tuple[Record, Prepared]] = []
+        candidates: list[tuple[Record, Step]] = []
         scratch = []  # each its own, kept until all have been timed
         for choice, one in found.values():
             scratch.append(dedicated((one.workspace_bytes,), np.uint8))
@@ -127,7 +124,7 @@ class GroupedGemm:
 
     def prepare(
         self, rows: int, row_pointers: int, result_pointers: int, result: str = "float16", choice: int = 0
-    ) -> Prepared:
+    ) -> Step:
         """The launch for ``rows`` rows in all, with number ``choice`` of `algorithms`.
 
         ``row_pointers`` and ``result_pointers`` are addresses of tables with the address of each expert's rows.

@@ -19,7 +19,7 @@ MAX_ROW_THREADS = 512
 """Threads of a block that holds a row in registers, as in ``common.cuh``."""
 STRETCH_THREADS = 256
 """Threads per block where a row may be cut into stretches."""
-ONE_LAUNCH_PAIRS = 2048
+ONE_LAUNCH_PAIRS = 4096
 """Up to this many (token, slot) pairs `route` takes one launch."""
 PAIRS_PER_BLOCK = 1024
 MANY_ROWS = 1024

@@ -7,7 +7,6 @@ the data goes through them; running it changes a few addresses and enqueues them
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from cupy_moe import gemms, launches, replay, tuning
 from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT
-from cupy_moe.driver import Launch
+from cupy_moe.driver import Launch, Step
 from cupy_moe.launches import NO_BIAS, Bias, Matrix, RowScale, Tables, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
@@ -134,7 +133,7 @@ class Plan:
         first, a_scale = layer.gemms.first(layer, shape, self.buffers, x_scale)
         second = layer.gemms.second(layer, shape, self.buffers)
         combine = self._combine(a_scale)
-        self.steps: list[Callable[[int], None]] = [*route, *quantize, *first, *second, combine]
+        self.steps: list[Step] = [*route, *quantize, *first, *second, combine]
 
         # What changes from call to call: the stored arguments themselves.
         ids = "expert_num_tokens" if shape.max_tokens else "ids"

@@ -8,10 +8,10 @@ their new arguments; everything else is as it was captured.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cupy_moe import driver
-from cupy_moe.driver import Launch
+from cupy_moe.driver import Launch, Step
 
 _CAPTURE_MODE_RELAXED = 2
 
@@ -42,7 +42,7 @@ class Replay:
         Those of them whose arguments change.
     """
 
-    def __init__(self, steps: Sequence[Callable[[int], None]], changing: Sequence[Launch]) -> None:
+    def __init__(self, steps: Sequence[Step], changing: Sequence[Launch]) -> None:
         import cupy
 
         cuda = driver.library()

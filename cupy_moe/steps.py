@@ -158,7 +158,7 @@ def grouped_gemm_fp8(
     out_dtype
         float16, bfloat16 or float32.
     backend
-        A name of `cupy_moe.backends`; None takes the fastest available.
+        A name of `cupy_moe.backends`; None takes the first that is available there.
 
     Returns
     -------

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cupy_moe import checks
+from cupy_moe.driver import Step
 from cupy_moe.replay import Replay
 
 Record = dict[str, int | float | str]
@@ -180,7 +181,7 @@ def fill_with_codes(codes: Any) -> None:
         codes[i : i + size] = stretch[: codes.size - i]
 
 
-def fastest(candidates: Sequence[tuple[Record, Callable[[int], None]]], result: Any) -> Record:
+def fastest(candidates: Sequence[tuple[Record, Step]], result: Any) -> Record:
     """The record of the candidate that takes the least time, with its time and the first one's.
 
     Parameters
@@ -215,14 +216,14 @@ def fastest(candidates: Sequence[tuple[Record, Callable[[int], None]]], result: 
     return {**records[best], "us": round(times[best], 3), "default_us": round(times[0], 3)}
 
 
-def _times(calls: Sequence[Callable[[int], None]]) -> list[float]:
+def _times(calls: Sequence[Step]) -> list[float]:
     """Microseconds of each call: the best round, in turns, so that a change of clocks meets all of them."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
 
-    def time(call: Callable[[int], None], count: int) -> float:
+    def time(call: Step, count: int) -> float:
         start.record(stream)
         for _ in range(count):
             call(stream.ptr)

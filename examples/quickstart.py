@@ -66,7 +66,7 @@ def main():
     # Once, when the model is loaded.
     q1, w1_scale = quantize_weights(xp.asarray(w1))
     q2, w2_scale = quantize_weights(xp.asarray(w2))
-    # backends() lists the fastest first. Where no fast one is available, the reference has to be asked for by name.
+    # backends() lists the preferred one first. Where none is available, the reference has to be asked for by name.
     backend = next(name for name, status in cupy_moe.backends().items() if status == "available")
     experts = cupy_moe.Experts(
         q1, q2, w1_scale=w1_scale, w2_scale=w2_scale, per_act_token=True, out_dtype="float32", backend=backend

@@ -48,7 +48,7 @@ def quantize_weights(w):
 
 
 def available_backend(device):
-    """Return the fastest backend there is on `device`."""
+    """Return the first backend that is available on `device`."""
     if device.type == "cpu":
         return "reference"
     return next(name for name, status in cupy_moe.backends(device.index).items() if status == "available")

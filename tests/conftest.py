@@ -2,7 +2,7 @@
 """What tests need of the machine, how they get random numbers, and how they let go of device memory.
 
 Tests marked ``gpu`` are skipped where there is no CUDA device, those marked ``gemm`` also where no fast backend is
-available; the reason says why. They run with the fastest, or the one that CUPY_MOE_BACKEND names. Where that cannot be
+available; the reason says why. They run with the default, or the one that CUPY_MOE_BACKEND names. Where that cannot be
 used, or a library that CUPY_MOE_CUBLASLT names, they fail instead.
 """
 

@@ -47,7 +47,7 @@ def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     second = up(rows * intermediate) + up(rows * hidden * 2)
     if kind == "sm90 static":
         second += up(rows * hidden)
-    blocks = 1 if rows <= 2048 else math.ceil(rows / 1024)
+    blocks = 1 if rows <= 4096 else math.ceil(rows / 1024)
     return max(first, second) + 5 * up(rows * 4) + up(blocks * experts * 4)
 
 
@@ -78,7 +78,7 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
     def range_of(matrix):
         return matrix.pointer, matrix.pointer + rows * matrix.pitch * matrix.itemsize
 
-    blocks = 1 if rows <= 2048 else -(-rows // 1024)
+    blocks = 1 if rows <= 4096 else -(-rows // 1024)
     scales_and_maps = buffers.x_scales, buffers.a_scales, *buffers.maps[2:]
     always = [(start, start + rows * 4) for start in scales_and_maps]
     always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))

@@ -4,6 +4,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from rejections import assert_rejected
 
 from cupy_moe import Experts, fused_experts, validation
 
@@ -42,17 +43,6 @@ def batched(options):
 
 def fused(options):
     return fused_experts(**LAYER | options)
-
-
-def assert_rejected(kind, name, parts, function, *args, **options):
-    """Check the type of the error and that its message starts with the argument and contains every part."""
-    with pytest.raises((TypeError, ValueError)) as caught:
-        function(*args, **options)
-    message = str(caught.value)
-    assert type(caught.value) is kind, message
-    assert message.startswith(f"{name}: expected "), message
-    missing = [part for part in parts if part not in message]
-    assert not missing, f"{missing} not in {message!r}"
 
 
 def read_only(*shape):
