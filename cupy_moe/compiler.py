@@ -52,7 +52,7 @@ def _with_headers(file: str) -> str:
 def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
     text = re.sub(r"//[^\n]*", "", _with_headers(file))
-    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?{name}\((.*?)\)\s*{{', text, re.S)
+    found = re.search(rf'extern "C" __global__ void (?:__\w+__\([\w, ]+\) )*{name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
     return dict(field for declaration in found[1].split(",") for field in _fields(declaration, text))

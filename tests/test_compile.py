@@ -176,7 +176,7 @@ VALUES = {
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES},
-        "STAGES": {tile.stages for tile in sm90.TILES},
+        "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "PER_CHANNEL": {True, False},
     },
@@ -202,7 +202,7 @@ def test_every_kernel_is_launched():
     declared = {
         (file, name)
         for file in kernels_cu.names()
-        for name in re.findall(r'__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(', kernels_cu.source(file))
+        for name in re.findall(r'__global__ void (?:__\w+__\(.*?\)\s+)*(\w+)\(', kernels_cu.source(file))
     }
     assert declared == {(launch.file, launch.name) for launch in RECORDED}
     assert {act.upper() for act in ACTIVATIONS} == set(enum("Act"))

@@ -27,8 +27,10 @@ def cache(monkeypatch, tmp_path):
 def test_tiles_are_what_the_kernel_can_do(tile):
     assert tile.rows % 8 == 0, "N of wgmma, in whole groups of the swizzle"
     assert 8 <= tile.rows <= 256
-    assert tile.shared_bytes(1024) <= sm90.SHARED_BYTES
-    assert tile.fitting(1024) == tile
+    assert tile.shared_bytes(256) <= sm90.SHARED_BYTES
+    assert tile.fitting(256) == tile
+    assert tile.cluster in (1, 2)
+    assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
