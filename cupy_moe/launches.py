@@ -22,6 +22,9 @@ STRETCH_THREADS = 256
 ONE_LAUNCH_PAIRS = 4096
 """Up to this many (token, slot) pairs `route` takes one launch."""
 PAIRS_PER_BLOCK = 1024
+MAX_GRID_Y = 65535
+WORDS_IN_FLIGHT = 4
+"""Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``."""
 MANY_ROWS = 1024
 """Rows from which on every multiprocessor has several blocks."""
 PARTIALS = 256
@@ -279,13 +282,16 @@ def shuffle_rows(
     device: int, x: int, pitch_bytes: int, tokens: int, dst2src: int, rows: int, row_bytes: int, out: int
 ) -> Launch:
     """``shuffle_rows`` in the widest words that the rows and addresses allow."""
-    words = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
-    size = next(n for n in words if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
-    total = rows * (row_bytes // size)
+    types = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
+    size = next(n for n in types if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
+    words = row_bytes // size
+    needed = -(-words // WORDS_IN_FLIGHT)
+    row_threads = min(1 << (needed - 1).bit_length(), STRETCH_THREADS)
     return Launch(
-        compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=words[size]),
-        (min(-(-total // STRETCH_THREADS), 1 << 20), 1), STRETCH_THREADS, x=x, x_pitch=pitch_bytes // size,
-        dst2src_map=dst2src, tokens=tokens, rows=rows, words=row_bytes // size, out=out,
+        compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=types[size]),
+        (-(-rows // (STRETCH_THREADS // row_threads)), min(-(-needed // row_threads), MAX_GRID_Y)), STRETCH_THREADS,
+        x=x, x_pitch=pitch_bytes // size, dst2src_map=dst2src, tokens=tokens, rows=rows, words=words,
+        row_threads=row_threads, out=out,
     )
 
 
