@@ -14,7 +14,7 @@ from cupy_moe import compiler, launches
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import cases, expected, records, steps, table, timing  # noqa: E402
+from benchmarks import cases, expected, records, step_cases, steps, table, timing  # noqa: E402
 
 SHAPE = (6, 3, 128, 96)
 
@@ -147,19 +147,21 @@ def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("build", "scheme"), [(build, scheme) for build, schemes in steps.STEPS for scheme in schemes],
+    ("build", "scheme"), [(build, scheme) for build, schemes in step_cases.STEPS for scheme in schemes],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )  # fmt: skip
 def test_steps(build, scheme):
-    case = steps.Case(SHAPE, 70, device="cpu")
-    with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch):
+    case = step_cases.Case(SHAPE, 70, device="cpu")
+    patches = {"kernel": FakeKernel, "since_hopper": lambda device: True}
+    with mock.patch.multiple(compiler, **patches), mock.patch.object(launches, "Launch", launch):
         step = build(case, scheme)
-    assert len(step.launches) == (2 if scheme == "tensor" and build is not steps.combine else 1)
+    behind_amax = scheme == "tensor" and build in (step_cases.quantize, step_cases.activation)
+    assert len(step.launches) == len(step.moved) == (2 if behind_amax else 1)
     got, want = step.got(), step.want()
     assert got.shape == want.shape
     assert want.isfinite().all()
     assert expected.relative_error(want, want) == 0
-    assert all(nbytes > 0 for nbytes in step.nbytes())
+    assert all(nbytes > 0 for i in range(len(step.launches)) for nbytes in step.nbytes(i))
 
 
 def test_sets_of_arrays():
