@@ -68,8 +68,8 @@ extern "C" __global__ void combine(
         const float row_scale = unit * pick(x_scale, row_index, 1.0f);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) {
-            v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
-            if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
+            const float factor = row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
+            v[j] = sizeof(Bias) > 1 ? fmaf(v[j], factor, shift[j]) : v[j] * factor;
             sum[j] = fmaf(weight[slot], v[j], sum[j]);
         }
     }

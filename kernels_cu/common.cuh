@@ -120,11 +120,12 @@ __device__ __forceinline__ float pick(const float* scales, long long index, floa
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
+// fmaf wherever a product meets a sum: the compiler might fuse them in one variant of a kernel and not in another.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678118654752f); }
 __device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * fmaf(0.044715f * x * x, x, x)));
 }
 // Comparisons instead of fminf: a NaN has to stay one.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
