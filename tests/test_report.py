@@ -74,6 +74,11 @@ def more_results(monkeypatch, tmp_path):
     steps = [{**record, "step": "route", "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M}
              for record in plain[:1] for l2, M in (("warm", 64), ("cold", 1024))]  # fmt: skip
     save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
+    ours = [record for record in plain if (record["impl"], record["scheme"]) == ("cupy_moe", "token")]
+    save(summary.INVARIANCE, [
+        {**record, "batch_invariant": option, "same_bits": True, "us": (1 + option / 100) * record["us"]}
+        for record in ours for option in (False, True)
+    ])  # fmt: skip
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
 
 
@@ -88,6 +93,8 @@ def test_report_of_everything(more_results):
     assert "torch (the two GEMMs alone) us" in more
     assert "## One layer with 1 to 16384 tokens" in more
     assert "GB/s, 40 %" in more
+    assert "a call takes 1.010 times as long as without it (geometric mean of 45 cells, from 1.010 to 1.010)" in more
+    assert "In 45 of 45 cells both have the same bits." in more
 
 
 def test_plots(more_results, tmp_path):
