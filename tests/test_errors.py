@@ -189,7 +189,8 @@ def test_batch_invariant_takes_no_dynamic_scale_per_tensor():
     parts = ("static scale", "per_act_token=True", "batch_invariant=True", "got None", "all tokens of the call")
     for a1_scale in (None, 0.5):
         assert_rejected(ValueError, "a2_scale", parts, Experts, **layer, a1_scale=a1_scale)
-    Experts(**layer, per_act_token=True)
+    with_it, without = (Experts(**layer | {"batch_invariant": on}, per_act_token=True)._spec for on in (True, False))
+    assert with_it.without_arrays() != without.without_arrays(), "fused_experts finds its layers by this"
     for a_scale in (0.5, floats(1), floats(E)):
         Experts(**layer, a1_scale=a_scale, a2_scale=a_scale)
         Experts(**layer, a2_scale=a_scale)  # fp8 hidden states may come with a scale
