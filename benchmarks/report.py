@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import accuracy
 from benchmarks.summary import (
     FIRST_CALL,
+    INVARIANCE,
     PRECISION,
     PREFILL,
     ROOT,
@@ -23,6 +24,7 @@ from benchmarks.summary import (
     TIMELINE,
     Cells,
     cells,
+    invariance,
     load,
     mean,
     over_floor,
@@ -203,6 +205,10 @@ def details() -> str:
             f"a copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
             f"reading alone {read:.2f} and writing alone {write:.2f}." + notes, "", *steps_table(), "",
         ]  # fmt: skip
+    cost = invariance(load(INVARIANCE)["records"])
+    if cost:
+        kind = "Scales per token, uniform routing, CUDA graph, warm L2 cache, both measured in turns in the same run."
+        lines += ["## Batch invariance", "", f"{kind} {cost}", ""]
     precision = load(PRECISION)["records"]
     if precision:
         lines += accuracy.section(precision)

@@ -57,8 +57,8 @@ __device__ __forceinline__ void load_scaled(const Source& source, int row, int e
     }
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-        v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
-        if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
+        const float factor = row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
+        v[j] = sizeof(Bias) > 1 ? fmaf(v[j], factor, shift[j]) : v[j] * factor;
     }
 }
 

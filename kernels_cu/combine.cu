@@ -84,9 +84,9 @@ extern "C" __global__ void combine(
                 load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                v[i][j] *= PER_CHANNEL ? factor[slot] * scale[j] : factor[slot];
-                if constexpr (sizeof(Bias) > 1) v[i][j] += shift[j];
-                sum[j] = fmaf(weight[slot], v[i][j], sum[j]);
+                const float by = PER_CHANNEL ? factor[slot] * scale[j] : factor[slot];
+                const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[j]) : v[i][j] * by;
+                sum[j] = fmaf(weight[slot], scaled, sum[j]);
             }
         }
     }

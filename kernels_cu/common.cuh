@@ -121,6 +121,7 @@ __device__ __forceinline__ float pick(const float* scales, long long index, floa
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
+// fmaf wherever a product meets a sum: the compiler might fuse them in one variant of a kernel and not in another.
 // 1 / x to a unit in the last place.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
@@ -144,12 +145,12 @@ __device__ __forceinline__ float complementary_error(float x) {
     p = fmaf(p, t, 0.37409196f);
     p = fmaf(p, t, 1.00002368f);
     p = fmaf(p, t, -1.26551223f);
-    const float positive = t * __expf(fmaf(-z, z, p));
-    return x < 0.0f ? 2.0f - positive : positive;
+    const float tail = __expf(fmaf(-z, z, p));
+    return x < 0.0f ? fmaf(-t, tail, 2.0f) : t * tail;
 }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * complementary_error(x * -0.70710678118654752f); }
 __device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * fmaf(0.044715f * x * x, x, x)));
 }
 // Comparisons instead of fminf: a NaN has to stay one.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }

@@ -14,7 +14,7 @@ from cupy_moe import compiler, launches
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import cases, expected, records, step_cases, steps, table, timing  # noqa: E402
+from benchmarks import cases, expected, invariance, records, step_cases, steps, table, timing  # noqa: E402
 
 SHAPE = (6, 3, 128, 96)
 
@@ -133,6 +133,29 @@ def test_table(no_clock, tmp_path, capsys):
     assert len(content["records"]) == 2 * 2 * (4 + 1)
     assert "auto" not in {record["backend"] for record in content["records"]}
     assert "tensor skewed graph warm" in capsys.readouterr().out
+
+
+def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "invariance.json"
+    monkeypatch.setattr(timing, "fitting_replays", lambda call: 1)
+    assert invariance.main(["--out", str(out), "--commit", "0" * 40]) == 0
+    content = json.loads(out.read_text())
+    assert [(record["M"], record["batch_invariant"]) for record in content["records"]] == [
+        (5, False), (5, True), (600, False), (600, True)
+    ]  # fmt: skip
+    assert all(record["us"] == 10 and record["err"] < 1e-2 for record in content["records"])
+    assert "1.000 times as long as without it (geometric mean of 2 cells" in capsys.readouterr().out
+    monkeypatch.setitem(invariance.ERROR_LIMITS, "cupy_moe", 0)
+    assert invariance.main(["--out", str(out)]) == 1
+    assert len(json.loads(out.read_text())["failures"]) == 2
+
+
+def test_rounds_take_turns(monkeypatch):
+    made = []
+    monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(call(), 0, 0))
+    first, second = timing.time_in_turns([lambda: made.append(0) or len(made), lambda: made.append(1) or len(made)])
+    assert made == [0, 1] * timing.ROUNDS
+    assert (first.us_min, first.us, second.us_max) == (1, timing.ROUNDS, 2 * timing.ROUNDS)
 
 
 def test_a_call_that_takes_long_is_repeated_less(monkeypatch):
