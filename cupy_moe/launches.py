@@ -172,13 +172,12 @@ def quantize(
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
-    whole_rows, clusters = mode == "TOKEN", compiler.since_hopper(device)
-    grid = grids.whole_rows(tokens, out_cols, clusters=clusters) if whole_rows else grids.stretches(out_cols)
+    grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
-            CLUSTER=grid.cluster, IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
+            IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
             PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
         )
 
@@ -202,19 +201,15 @@ def activation_quantize(
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    whole_rows, clusters = mode == "TOKEN", compiler.since_hopper(device)
-    # Rows of a block read the same columns of their expert's scales and bias: from the L2 cache once.
-    per_block = 2 if (w_scale.per_channel or bias.pointer) and (clusters or not whole_rows) else 1
-    most = grids.MAX_ROW_THREADS // per_block
-    grid = grids.whole_rows(rows, out_cols, clusters=clusters, most=most) if whole_rows else grids.stretches(out_cols)
+    grid = grids.whole_rows(rows, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
             Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
-            VECS=grid.per_thread, ROWS=per_block, CLUSTER=grid.cluster, IN_ALIGNED=aligned,
-            OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
+            VECS=grid.per_thread, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
+            PER_CHANNEL=w_scale.per_channel,
         )
 
     source = {
@@ -227,8 +222,7 @@ def activation_quantize(
         Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
     ]
     return [*amax, Launch(
-        kernel("activation_quantize"), (-(-rows // per_block), grid.stretches), per_block * grid.threads,
-        source=source, rows=rows, partials=partials,
+        kernel("activation_quantize"), (rows, grid.stretches), grid.threads, source=source, partials=partials,
         scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]

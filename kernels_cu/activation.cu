@@ -9,8 +9,6 @@
 //   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
-//   ROWS        rows per block, which then share what they read of their expert's columns in the L1 cache
-//   CLUSTER     blocks that have the rows together, if TOKEN; else 1
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
@@ -94,14 +92,13 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
 }
 
-// One block takes ROWS rows (blockIdx.x) and one stretch of their columns (blockIdx.y), or all of them; where the maximum
-// over a row is needed, the blocks of a row are a cluster. The scale is, by MODE,
+// One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
+// (blockIdx.y). The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert * scale_expert_stride]
 //   TOKEN       that of the row, left in scale_out[row]
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED activation_quantize(
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantize(
     Source source,
-    int rows,
     const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
     float scale_value,
@@ -112,21 +109,19 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED activati
     float* __restrict__ scale_out)            // (1,) or, if TOKEN, (rows,)
 {
     // Backwards: what amax_rows read last is still in the L2 cache.
-    const int row_threads = blockDim.x / ROWS, nth = blockIdx.x * ROWS + int(threadIdx.x) / row_threads;
-    const int row = MODE == TENSOR ? rows - 1 - nth : nth;
-    const int first = blockIdx.y * row_threads * VECS + int(threadIdx.x) % row_threads;
-    const int expert = nth < rows ? expert_of(source, row) : -1;
+    const int row = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
+    const int expert = expert_of(source, row);
     const float row_scale = expert < 0 ? 0.0f : row_scale_of(source, row, expert);
     // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
     // Otherwise the GEMM is, and all but x is older.
     if constexpr (MODE != TENSOR) wait_for_previous_kernel();
-    if constexpr (MODE == TOKEN) enter_cluster<CLUSTER>();
     float v[VECS][VECTOR];
     float largest = 0.0f;
     if (expert >= 0) {
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
-            const int col = (first + i * row_threads) * VECTOR;
+            const int col = (first + i * int(blockDim.x)) * VECTOR;
             largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v[i]));
         }
     }
@@ -137,14 +132,16 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED activati
         scale = scale_of_amax(max_of_partials(partials));
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
     }
-    if constexpr (MODE == TOKEN) scale = scale_of_amax(row_max<ROWS, CLUSTER>(largest));
     if (expert < 0) return;
     if constexpr (MODE == STATIC) scale = pick(scale_in, expert * scale_expert_stride, scale_value);
-    if (MODE == TOKEN && first == 0) scale_out[row] = scale;
+    if constexpr (MODE == TOKEN) {
+        scale = scale_of_amax(block_max(largest));
+        if (threadIdx.x == 0) scale_out[row] = scale;
+    }
     const Divisor divisor(scale);
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
-        const int col = (first + i * row_threads) * VECTOR;
+        const int col = (first + i * int(blockDim.x)) * VECTOR;
         if (col < out_cols)
             store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, encode_vector(v[i], divisor));
     }

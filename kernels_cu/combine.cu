@@ -11,7 +11,8 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
 
-constexpr int IN_FLIGHT = TOPK < 4 ? TOPK : 4;
+constexpr int MOST = PER_CHANNEL || sizeof(Bias) > 1 ? 2 : 4;  // with scales or bias for each column there is more to hold
+constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;  // slots whose loads are on their way together
 
 extern "C" __global__ void combine(
     const In* x,                              // (rows, x_pitch); made by the kernel in front
@@ -64,28 +65,27 @@ extern "C" __global__ void combine(
     if (col >= cols) return;
 
     float sum[VECTOR] = {};
-    // Several slots' loads are on their way before the first is used.
 #pragma unroll
     for (int first = 0; first < TOPK; first += IN_FLIGHT) {
-        float v[IN_FLIGHT][VECTOR];
+        float v[IN_FLIGHT][VECTOR], scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
             const int slot = first + i;
-            if (slot < TOPK && expert[slot] >= 0) load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v[i]);
+            if (slot >= TOPK || expert[slot] < 0) continue;
+            load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v[i]);
+            if constexpr (PER_CHANNEL)
+                load_vector<IN_ALIGNED>(w_scale + (long long)expert[slot] * w_scale_stride + col, count, scale[i]);
+            if constexpr (sizeof(Bias) > 1)
+                load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift[i]);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
             const int slot = first + i;
             if (slot >= TOPK || expert[slot] < 0) continue;
-            float scale[VECTOR], shift[VECTOR];
-            if constexpr (PER_CHANNEL)
-                load_vector<IN_ALIGNED>(w_scale + (long long)expert[slot] * w_scale_stride + col, count, scale);
-            if constexpr (sizeof(Bias) > 1)
-                load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float by = PER_CHANNEL ? factor[slot] * scale[j] : factor[slot];
-                const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[j]) : v[i][j] * by;
+                const float by = PER_CHANNEL ? factor[slot] * scale[i][j] : factor[slot];
+                const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[i][j]) : v[i][j] * by;
                 sum[j] = fmaf(weight[slot], scaled, sum[j]);
             }
         }

@@ -228,49 +228,15 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
 }
 
 // ---- reductions -------------------------------------------------------------------------------------------------
-// The largest x of the block, in every thread, or of each of ROWS equal parts of it, in whole warps. At most 1024 threads,
-// all of which call it.
-template <int ROWS = 1>
+// The largest x of the block, in every thread. At most 1024 threads, all of which call it.
 __device__ __forceinline__ float block_max(float x) {
     __shared__ float warp_max[LANES];
     for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, warps = blockDim.x / (LANES * ROWS);
-    if (lane == 0) warp_max[warp] = x;
+    if (threadIdx.x % LANES == 0) warp_max[threadIdx.x / LANES] = x;
     __syncthreads();
-    x = lane < warps ? warp_max[warp / warps * warps + lane] : 0.0f;
+    const int lane = threadIdx.x % LANES;
+    x = lane < int(blockDim.x / LANES) ? warp_max[lane] : 0.0f;
     for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    return x;
-}
-
-// The blocks along y may be a cluster: they run at the same time and reach one another's shared memory. Each thread calls
-// enter_cluster before row_max, which must not write to a block that has not started.
-template <int CLUSTER>
-__device__ __forceinline__ void enter_cluster() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
-}
-
-// `block_max` where CLUSTER blocks have a row, or ROWS rows, together.
-template <int ROWS, int CLUSTER>
-__device__ __forceinline__ float row_max(float x) {
-    x = block_max<ROWS>(x);
-#if __CUDA_ARCH__ >= 900
-    if constexpr (CLUSTER > 1) {
-        __shared__ float of_blocks[ROWS][CLUSTER];
-        const u32 row_threads = blockDim.x / ROWS, row = threadIdx.x / row_threads, peer = threadIdx.x % row_threads;
-        asm volatile("barrier.cluster.wait;" ::: "memory");
-        if (peer < CLUSTER) {
-            const u32 mine = u32(__cvta_generic_to_shared(&of_blocks[row][blockIdx.y]));
-            u32 there;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(peer));
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
-        }
-        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < CLUSTER; ++i) x = fmaxf(x, of_blocks[row][i]);
-    }
-#endif
     return x;
 }
 

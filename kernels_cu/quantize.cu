@@ -6,7 +6,6 @@
 //   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
 //   MODE        where the scale comes from, see quantize_shuffle
 //   VECS        vectors of eight columns per thread
-//   CLUSTER     blocks that have a token together, if TOKEN; else 1
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
@@ -71,13 +70,13 @@ extern "C" __global__ void amax_tokens(
     if (!needs_map) wait_for_previous_kernel();
 }
 
-// One block takes one token (blockIdx.x) and one stretch of its columns (blockIdx.y), or all of them; where the maximum over
-// the token is needed, the blocks of a token are a cluster. The token is read once and written to the row of each of its slots. The scale is, by MODE,
+// One block takes one token (blockIdx.x) and, where no maximum over the token is needed, one stretch of its columns
+// (blockIdx.y): the token is read once and written to the row of each of its slots. The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert] if PER_EXPERT, else scale_in[token * scale_stride]; left in scale_out[row] if not null
 //   TOKEN       that of the row, left in scale_out[row]
 // Fp8 input is always STATIC; with WEIGHTED the router weight goes into the row's scale.
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED quantize_shuffle(
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const In* x,                              // (tokens, cols)
     long long x_pitch,                        // elements from one token to the next
     const int* src2dst_map,                   // (tokens, topk): row or -1; null: row = token
@@ -108,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED quantize
         wait_for_previous_kernel();
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
-    if constexpr (MODE == TOKEN) enter_cluster<CLUSTER>();
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     float v[VECS][VECTOR];
     float largest = 0.0f;
@@ -120,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED quantize
         if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
-    if constexpr (MODE == TOKEN) largest = row_max<1, CLUSTER>(largest);
+    if constexpr (MODE == TOKEN) largest = block_max(largest);
 
     uint2 codes[VECS];
     const auto encode = [&](float weight, float scale) {

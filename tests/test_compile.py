@@ -22,8 +22,6 @@ from cupy_moe.launches import Bias, Maps, Matrix, RowScale, Tables, WeightScale
 FLOATS = ("float16", "bfloat16", "float32")
 ALIGNED = tuple(itertools.product((True, False), repeat=2))
 ADDRESS = 1 << 20
-HOPPER, OLDER = 0, 1
-"""Devices with clusters of blocks, and without."""
 MAPS = Maps(*range(ADDRESS, ADDRESS + 5))
 # From one vector per thread up to the most, with few rows and with many.
 ROWS_TO_SCAN = ((1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 65536))
@@ -60,8 +58,7 @@ def record(calls):
         made.append(Recorded(kernel.file, kernel.name, kernel.constants, block, arguments))
         return mock.Mock()
 
-    patches = ((compiler, "kernel", FakeKernel), (compiler, "since_hopper", lambda device: device == HOPPER),
-               (launches, "Launch", launch), (sm90, "Launch", launch),
+    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch),
                (sm90, "tensor_map", lambda *_: (0,) * 16), (sm90, "multiprocessors", lambda _: 132))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
@@ -80,20 +77,20 @@ def matrix(dtype, cols, aligned):
     return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
 
 
-def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, device=HOPPER):
+def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False):
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     return lambda: launches.quantize(
-        device, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
+        0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
         weighted=weighted, scale=scale, fresh=fresh,
     )  # fmt: skip
 
 
-def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024, device=HOPPER):
+def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024):
     x, out = matrix(dtype, 2 * cols, aligned[0]), matrix("uint8", cols, aligned[1])
     w_scale = WeightScale(ADDRESS, 2 * cols, cols, per_channel=per_channel)
     return lambda: launches.activation_quantize(
-        device, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
+        0, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
         bias=Bias(ADDRESS * (bias != "None"), bias), row_experts=ADDRESS, scale=RowScale(value=0.5),
     )  # fmt: skip
 
@@ -126,16 +123,15 @@ def calls():
     ]
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
-    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True, device=device)
-             for r, c in ROWS_TO_SCAN for device in (HOPPER, OLDER)]  # fmt: skip
+    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
     made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
     ]
     made += [
-        activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c, device=device)
-        for i, (r, c) in enumerate(ROWS_TO_SCAN) for device in (HOPPER, OLDER)
+        activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c)
+        for i, (r, c) in enumerate(ROWS_TO_SCAN)
     ]
     made += [
         combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2))
@@ -167,14 +163,12 @@ for _launch in RECORDED:
 TYPES = {"Half", "Bfloat16", "float"}
 VALUES = {
     "quantize.cu": {
-        "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "CLUSTER": {1, 2, 4, 8},
-        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False},
-        "PER_EXPERT": {True, False}, "FRESH": {True, False},
+        "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "IN_ALIGNED": {True, False},
+        "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "FRESH": {True, False},
     },
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")), "VECS": {1, 2, 4, 8},
-        "ROWS": {1, 2}, "CLUSTER": {1, 2, 4, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
-        "PER_CHANNEL": {True, False},
+        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
@@ -228,18 +222,15 @@ def test_arguments_are_the_kernels_parameters(name):
                     assert kind(value).value == (value or None if kind is ctypes.c_void_p else value), argument
 
 
-@pytest.mark.parametrize("most", [256, 512])
-@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("rows", [1, 5000])
-def test_blocks_of_whole_rows(rows, clusters, most):
+def test_blocks_of_whole_rows(rows):
     """They have every column, in at most as many threads as a block can have."""
     for cols in range(1, 70000, 7):
-        grid = grids.whole_rows(rows, cols, clusters=clusters, most=most)
-        assert grid.stretches == grid.cluster <= (grids.MAX_CLUSTER if clusters else 1)
+        grid = grids.whole_rows(rows, cols)
+        assert grid.stretches == 1
         assert grid.threads % 32 == 0
         assert grid.stretches * grid.threads * grid.per_thread * grids.VECTOR >= cols
-        assert grids.MAX_CLUSTER <= grid.threads <= most, f"{cols} columns"
-        assert not clusters or grid.per_thread <= 5
+        assert grid.threads <= grids.MAX_ROW_THREADS, f"{cols} columns"
 
 
 @pytest.mark.parametrize("rows", [1, 300, 2**31 - 1])
@@ -310,8 +301,6 @@ def size_of_parameters(file, name):
 def test_variant(compilers, file, constants):
     """No warning, no spills, small enough to be launched, and the parameters as wide as the launch has them."""
     architectures = [compiler.TARGETS[file]] if file in compiler.TARGETS else compiler.ARCHITECTURES
-    if dict(constants).get("CLUSTER", 1) > 1:
-        architectures = [arch for arch in architectures if arch not in ("sm_80", "sm_89")]
     pending = [compilers.submit(compile_for, arch, file, constants) for arch in architectures]
     logs = [future.result(timeout=300) for future in pending]
     for arch, log in zip(architectures, logs, strict=True):
