@@ -51,7 +51,7 @@ TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates,
 class Weights(tiles.Weights):
     """Those of `tiles`, with the tensor map that this kernel reads them through.
 
-    The tensor map hands out their rows in the order that ``gemm_sm90.cu`` describes: of each 16 rows of a tile, the
+    The tensor map hands out their rows in the order that ``ends.cuh`` describes: of each 16 rows of a tile, the
     first 8 and the last 8 belong together, a gate with its up or a row with the next.
     """
 

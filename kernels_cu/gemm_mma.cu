@@ -171,7 +171,7 @@ __device__ __forceinline__ float finish_tile(const Epilogue& end, Place at, cons
     return largest;
 }
 
-extern __shared__ u8 dynamic_shared[];  // the stages, then the schedule
+extern __shared__ __align__(128) u8 dynamic_shared[];  // the stages, then the schedule
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operands operands, Groups groups, Epilogue end) {
     const auto stage = [](int i) { return dynamic_shared + i * STAGE_BYTES; };
