@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import accuracy
 from benchmarks.summary import (
     FIRST_CALL,
+    INVARIANCE,
     PRECISION,
     PREFILL,
     ROOT,
@@ -23,6 +24,7 @@ from benchmarks.summary import (
     TIMELINE,
     Cells,
     cells,
+    invariance,
     load,
     mean,
     over_floor,
@@ -146,15 +148,22 @@ def parts_table() -> list[str]:
 
 
 def steps_table() -> list[str]:
-    """The steps, with one column for each size."""
+    """The kernels of the steps, with one column for each size."""
     records = load(STEPS)["records"]
-    sizes = dict.fromkeys(f"{named(record['shape'])}, M = {record['M']}" for record in records)
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
     for record in records:
+        # Older records are of all kernels of a step together.
+        kernel = record["kernel"] if "kernel" in record else ", ".join(record["kernels"])
         share = f", {100 * record['of_copy']:.0f} %" if record["l2"] == "cold" else ""
-        row = rows.setdefault((record["step"], record["scheme"]), [record["step"], record["scheme"]])
-        row.append(f"{record['us']:.1f} us, {record['bytes_s'] / 1e9:.0f} GB/s{share}")
-    return table(["step", "scales per", *sizes], list(rows.values()), texts=2)
+        row = rows.setdefault((record["step"], kernel, record["scheme"]), {})
+        row[_size(record)] = f"{record['us']:.1f} us, {record['bytes_s'] / 1e9:.0f} GB/s{share}"
+    sizes = dict.fromkeys(map(_size, records))
+    lines = [[*names, *(row.get(size, "-") for size in sizes)] for names, row in rows.items()]
+    return table(["step", "kernel", "scales per", *sizes], lines, texts=3)
+
+
+def _size(record: dict[str, Any]) -> str:
+    return f"{named(record['shape'])}, M = {record['M']}"
 
 
 def details() -> str:
@@ -181,13 +190,25 @@ def details() -> str:
     steps = load(STEPS)
     if steps["records"]:
         rates = steps["header"]["rates"]
+        notes = ""
+        if any("kernels" in record for record in steps["records"]):
+            notes += " Where several kernels are named, time and bytes are those of all together."
+        if any(record.get("overlap") for record in steps["records"]):
+            notes += (
+                " A kernel that is part of a call starts while the one in front of it still runs, which is the same "
+                "kernel on other arrays here."
+            )
         read, write, copy = (rates[f"{name}_bytes_s"] / 1e12 for name in ("read", "write", "copy"))
         lines += [
             "## The steps one by one", "",
-            "The time of one step alone, and the bytes that it has to move over that time: in percent of the rate of a "
-            f"copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
-            f"reading alone {read:.2f} and writing alone {write:.2f}.", "", *steps_table(), "",
+            "The time of one kernel alone, and the bytes that it has to move over that time: in percent of the rate of "
+            f"a copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
+            f"reading alone {read:.2f} and writing alone {write:.2f}." + notes, "", *steps_table(), "",
         ]  # fmt: skip
+    cost = invariance(load(INVARIANCE)["records"])
+    if cost:
+        kind = "Scales per token, uniform routing, CUDA graph, warm L2 cache, both measured in turns in the same run."
+        lines += ["## Batch invariance", "", f"{kind} {cost}", ""]
     precision = load(PRECISION)["records"]
     if precision:
         lines += accuracy.section(precision)

@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE, PREFILL, SWEEP = "table_h100.json", "prefill_h100.json", "sweep_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
-PRECISION = "precision_h100.json"
+PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
 
 Cells = dict[tuple[int, ...], dict[str, dict[str, Any]]]
 """(E, topk, K, N, M) to the record of each implementation."""
@@ -68,3 +69,20 @@ def speedups(of: Cells) -> dict[tuple[int, ...], float]:
 def over_floor(of: Cells, name: str = "cupy_moe") -> dict[tuple[int, ...], float]:
     """Time of an implementation over the floor."""
     return {key: cell[name]["us"] / cell[name]["floor_us"] for key, cell in of.items() if name in cell}
+
+
+def invariance(records: list[dict[str, Any]]) -> str:
+    """What `batch_invariant` costs, in a sentence or two; nothing where nothing was measured."""
+    pairs: dict[tuple[int, ...], dict[bool, dict[str, Any]]] = {}
+    for record in records:
+        pairs.setdefault((*record["shape"], record["M"]), {})[record["batch_invariant"]] = record
+    if not pairs:
+        return ""
+    ratios = [pair[True]["us"] / pair[False]["us"] for pair in pairs.values()]
+    spread = median((record["us_max"] - record["us_min"]) / record["us"] for record in records)
+    same = sum(pair[True]["same_bits"] for pair in pairs.values())
+    return (
+        f"With `batch_invariant=True` a call takes {mean(ratios):.3f} times as long as without it (geometric mean of "
+        f"{len(ratios)} cells, from {min(ratios):.3f} to {max(ratios):.3f}). The slowest and the fastest round of one "
+        f"timing differ by {spread:.1%} in the median. In {same} of {len(pairs)} cells both have the same bits."
+    )

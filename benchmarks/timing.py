@@ -13,7 +13,7 @@ import ctypes
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,14 @@ def time_warm(
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / replays)
     return _summary(times)
+
+
+def time_in_turns(calls: Sequence[Callable[[], object]], *, replays: int = REPLAYS) -> list[Timing]:
+    """Graph replays of each call, a round of one after a round of another: a change of clocks meets all of them."""
+    rounds = [
+        [time_warm(call, hold=True, rounds=1, replays=replays).us for call in calls] for _ in range(ROUNDS)
+    ]  # fmt: skip
+    return [_summary(list(times)) for times in zip(*rounds, strict=True)]
 
 
 def fitting_replays(call: Callable[[], object]) -> int:

@@ -15,7 +15,11 @@ ENVIRONMENT = "CUPY_MOE_BACKEND"
 """The environment variable with the backend to take where none is named."""
 NAMES = ("sm90", "cublaslt", "mma", "reference")
 """Backends, the preferred one first."""
-
+VARIES = {
+    "cublaslt": "batch_invariant=True rules it out: its algorithms and the dtype of its product depend on the number "
+    "of rows, and cuBLASLt promises no order along K",
+}
+"""Backends in which a row's product may depend on the other rows, and why; the others qualify for batch_invariant."""
 
 NVRTC_NEEDED = {"sm90": (12, 9), "mma": (12, 4)}
 """For sm_90a through CuPy, and for mma.sync with e4m3."""
@@ -36,13 +40,21 @@ def backends(device: int | None = None) -> dict[str, str]:
     return {name: problems[name] or "available" for name in NAMES}
 
 
-def choose(device: int, backend: str | None) -> str:
+def _status(device: int, batch_invariant: bool) -> dict[str, str]:
+    """`backends`, with `VARIES` in place of "available" for ``batch_invariant``."""
+    ruled_out = VARIES if batch_invariant else {}
+    return {
+        name: ruled_out.get(name, found) if found == "available" else found for name, found in backends(device).items()
+    }
+
+
+def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -> str:
     """The backend for arrays on ``device``: ``backend`` if it is available, the first available of `NAMES` for None.
 
     Raises
     ------
     ValueError
-        For an unknown name.
+        For an unknown name, or one that does not qualify for ``batch_invariant``.
     RuntimeError
         If the backend asked for, or for None every fast one, is not available; the message has the reasons.
     """
@@ -50,11 +62,14 @@ def choose(device: int, backend: str | None) -> str:
         backend = os.environ.get(ENVIRONMENT) or None
     if backend is not None:
         checks.option("backend", backend, NAMES)
+        if batch_invariant and backend in VARIES:
+            allowed = ", ".join(repr(name) for name in NAMES if name not in VARIES)
+            raise ValueError(f"backend: expected None or one of {allowed}; got {backend!r}, but {VARIES[backend]}")
     if device == arrays.CPU:
         if backend not in (None, "reference"):
             raise RuntimeError(f"backend: expected 'reference' or None with arrays on the CPU; got {backend!r}")
         return "reference"
-    status = backends(device)
+    status = _status(device, batch_invariant)
     if backend is None:
         backend = next(name for name in NAMES if status[name] == "available")
         if backend == "reference":
@@ -66,12 +81,12 @@ def choose(device: int, backend: str | None) -> str:
     return backend
 
 
-def explain(device: int, chosen: str) -> str:
+def explain(device: int, chosen: str, *, batch_invariant: bool = False) -> str:
     """One sentence per backend: which runs, and why the others do not."""
     if device == arrays.CPU:
         return "reference runs: the arrays are on the CPU."
     lines = []
-    for name, status in backends(device).items():
+    for name, status in _status(device, batch_invariant).items():
         if name == chosen:
             lines.append(f"{name} runs on cuda:{device}.")
         elif status == "available":

@@ -28,6 +28,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120
 CUDA_TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float8_e4m3fn": "Fp8", "uint8": "Fp8"}
 """Element types by dtype name; uint8 holds the bits of e4m3."""
 
+_ATTRIBUTES = r"(?:(?:__\w+__\([\w, ]+\)|CLUSTERED) )*"
 _SCALARS = {"int": ctypes.c_int32, "long long": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -37,6 +38,8 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
     for name, value in constants.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         lines.append(f"constexpr auto {name} = {text};" if name.isupper() else f"using {name} = {text};")
+    if "CLUSTER" in constants:  # blocks along y
+        lines.append(f"#define CLUSTERED {'__cluster_dims__(1, CLUSTER, 1)' if constants['CLUSTER'] > 1 else ''}")
     if file in TARGETS:
         rows = constants["ROWS"]
         # All of a tile's rows, half of them and a quarter, up to multiples of 8.
@@ -52,7 +55,7 @@ def _with_headers(file: str) -> str:
 def signature(file: str, name: str) -> dict[str, Any]:
     """Parameter names and ctypes types of the kernel ``name`` in ``file``, in order, read from its declaration."""
     text = re.sub(r"//[^\n]*", "", _with_headers(file))
-    found = re.search(rf'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?{name}\((.*?)\)\s*{{', text, re.S)
+    found = re.search(rf'extern "C" __global__ void {_ATTRIBUTES}{name}\((.*?)\)\s*{{', text, re.S)
     if not found:
         raise LookupError(f"{file} declares no kernel {name!r}")
     return dict(field for declaration in found[1].split(",") for field in _fields(declaration, text))
@@ -103,9 +106,16 @@ def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device
     import cupy
 
     function = _module(file, constants, device).get_function(name)
-    can_overlap = int(cupy.cuda.Device(device).compute_capability) >= 90
     with cupy.cuda.Device(device):
-        return Kernel(function, signature(file, name), can_overlap=can_overlap)
+        return Kernel(function, signature(file, name), can_overlap=since_hopper(device))
+
+
+@cache
+def since_hopper(device: int) -> bool:
+    """Whether the device has compute capability 9.0 or later: programmatic dependent launch, and clusters of blocks."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability) >= 90
 
 
 def kernel(file: str, name: str, device: int, **constants: Any) -> Kernel:

@@ -16,6 +16,7 @@ Array = Any  # a NumPy or a CuPy array
 
 MAX = 448.0
 HALF_MAX = 65504.0  # of float16
+EXACT_TERMS = 1 << 17  # products, multiples of 2^-18 up to 448^2, whose sum fits into the 53 bits of a float64
 NAN_CODE = 0x7F
 MIN_EXPONENT = -6  # of a normal number; subnormal ones share its spacing
 MANTISSA_BITS = 3
@@ -79,6 +80,15 @@ def decode(codes: Array) -> Array:
     """Return the float32 values of e4m3 codes (uint8, or float8_e4m3fn), exactly."""
     xp = array_namespace(codes)
     return xp.asarray(_VALUES)[as_codes(codes)]
+
+
+def exact_matmul(a: Array, b: Array) -> Array:
+    """Multiply matrices of e4m3 values in float64: sums are exact up to `EXACT_TERMS`, in whatever order they are made.
+
+    The order of libraries may depend on the number of rows; of longer sums, the exact parts are added in turn.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return sum(a[:, k : k + EXACT_TERMS] @ b[k : k + EXACT_TERMS] for k in range(0, len(b), EXACT_TERMS))
 
 
 def _values() -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -49,6 +49,10 @@ class Experts:
         float16, bfloat16 or float32; None is that of the hidden states (bfloat16 if those are fp8).
     backend
         A name of `cupy_moe.backends`; None takes the first that is available there.
+    batch_invariant
+        A token's output has the same bits whichever other tokens share the call, in whatever number, order and routing.
+        Takes a backend that promises it, and scales of activations that depend on the token alone: ``per_act_token``,
+        static ones, or those that fp8 hidden states bring.
     workspace
         Scratch memory to share with other layers that run one after another on the same stream; None makes one. Calls
         on streams that may overlap need an `Experts` with a workspace of its own each.
@@ -67,7 +71,8 @@ class Experts:
         self, w1: Any, w2: Any, *, w1_scale: Any, w2_scale: Any, a1_scale: Any = None, a2_scale: Any = None,
         per_act_token: bool = False, activation: str = "silu", w1_bias: Any = None, w2_bias: Any = None,
         expert_map: Any = None, apply_router_weight_on_input: bool = False, out_dtype: Any = None,
-        backend: str | None = None, workspace: Workspace | None = None, validate: bool = False,
+        backend: str | None = None, batch_invariant: bool = False, workspace: Workspace | None = None,
+        validate: bool = False,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "backend", "workspace")}
         self._setup(spec.layer_spec(**options), backend, workspace)
@@ -82,7 +87,7 @@ class Experts:
         if not isinstance(workspace, Workspace | None):
             raise TypeError(f"workspace: expected a cupy_moe.Workspace or None; got {type(workspace).__name__}")
         self._spec = checked
-        self._backend = backend_choice.choose(checked.device, backend)
+        self._backend = backend_choice.choose(checked.device, backend, batch_invariant=checked.batch_invariant)
         self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
         if self._backend != "reference":
@@ -98,7 +103,8 @@ class Experts:
 
     def explain(self) -> str:
         """Which backend runs, and in one sentence each why the others do not."""
-        return backend_choice.explain(self._spec.device, self._backend)
+        own = self._spec
+        return backend_choice.explain(own.device, self._backend, batch_invariant=own.batch_invariant)
 
     def __call__(
         self, hidden_states: Any, topk_weights: Any, topk_ids: Any, out: Any = None, *, a1_scale: Any = None
@@ -181,8 +187,8 @@ class Experts:
 
         They are kept in a file too, in the folder CUPY_MOE_CACHE_DIR or else in ``cupy_moe`` in the user's folder of
         caches, for other processes with the same device, cuBLASLt and shape. What is not tuned runs a good default.
-        Results may change by their rounding. CUDA graphs captured before stay as they are. Takes seconds, and memory
-        beside the workspace.
+        Results may change by their rounding, but not with ``batch_invariant``. CUDA graphs captured before stay as
+        they are. Takes seconds, and memory beside the workspace.
 
         Parameters
         ----------
@@ -273,7 +279,8 @@ class Experts:
             }
             if scale is not None:
                 operands["a1_scale"] = library.to_numeric(scale.array) if isinstance(scale, Operand) else scale
-            options: dict[str, Any] = {"per_act_token": own.per_act_token, "activation": own.activation}
+            names = ("per_act_token", "activation", "batch_invariant")
+            options: dict[str, Any] = {name: getattr(own, name) for name in names}
             if function is reference.batched:
                 del operands["expert_map"]
             else:

@@ -19,7 +19,8 @@ def fused_experts(
     hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *, w1_scale: Any, w2_scale: Any,
     a1_scale: Any = None, a2_scale: Any = None, per_act_token: bool = False, activation: str = "silu",
     w1_bias: Any = None, w2_bias: Any = None, expert_map: Any = None, apply_router_weight_on_input: bool = False,
-    out: Any = None, out_dtype: Any = None, backend: str | None = None, validate: bool = False,
+    out: Any = None, out_dtype: Any = None, backend: str | None = None, batch_invariant: bool = False,
+    validate: bool = False,
 ) -> Any:
     """Run one MoE layer: the arguments of `Experts` and of its call in one.
 
@@ -33,7 +34,7 @@ def fused_experts(
     """
     names = (
         "w1", "w2", "w1_scale", "w2_scale", "a2_scale", "per_act_token", "activation", "w1_bias", "w2_bias",
-        "expert_map", "apply_router_weight_on_input", "out_dtype", "validate",
+        "expert_map", "apply_router_weight_on_input", "out_dtype", "batch_invariant", "validate",
     )
     given = locals()
     options = {name: given[name] for name in names}

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cupy_moe import compiler
+from cupy_moe import compiler, grids
 from cupy_moe.arrays import Array
 from cupy_moe.driver import Kernel, Launch
+from cupy_moe.grids import STRETCH_THREADS, VECTOR, up
 
-VECTOR = 8
-"""Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_THREADS = 1024
-MAX_ROW_THREADS = 512
-"""Threads of a block that holds a row in registers, as in ``common.cuh``."""
-STRETCH_THREADS = 256
-"""Threads per block where a row may be cut into stretches."""
 ONE_LAUNCH_PAIRS = 4096
 """Up to this many (token, slot) pairs `route` takes one launch."""
 PAIRS_PER_BLOCK = 1024
-MANY_ROWS = 1024
-"""Rows from which on every multiprocessor has several blocks."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 _ROUTE_SHARED_BYTES = 96 * 1024
@@ -109,28 +102,9 @@ class Maps(NamedTuple):
     row_experts: int
 
 
-def _grid(rows: int, cols: int, *, whole_rows: bool) -> tuple[int, int, int]:
-    """(stretches per row, threads, vectors per thread) for ``rows`` rows of ``cols`` columns, a block per stretch."""
-    vectors = -(-cols // VECTOR)
-    if not whole_rows:
-        threads = min(STRETCH_THREADS, _up(vectors, 32))
-        return -(-vectors // threads), threads, 1
-    # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
-    at_least = -(-vectors // MAX_ROW_THREADS)
-    per_thread = at_least
-    if rows >= MANY_ROWS:
-        choices = range(max(at_least, 2), max(at_least, 4) + 1)
-        per_thread = min(choices, key=lambda n: (_up(vectors, 32 * n), -n))
-    return 1, _up(-(-vectors // per_thread), 32), per_thread
-
-
-def _up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
     """(threads, bytes of shared memory) of a routing block: a row of the table per warp, one number per expert."""
-    warps = min(max(_up(pairs, 32) // 32, 4), 32)
+    warps = min(max(up(pairs, 32) // 32, 4), 32)
     while warps > 1 and (warps + 1) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
         warps //= 2
     return warps * 32, (warps + 1) * (experts | 1) * 4
@@ -198,12 +172,13 @@ def quantize(
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
-    stretches, threads, vecs = _grid(tokens, out_cols, whole_rows=mode == "TOKEN")
+    whole_rows, clusters = mode == "TOKEN", compiler.since_hopper(device)
+    grid = grids.whole_rows(tokens, out_cols, clusters=clusters) if whole_rows else grids.stretches(out_cols)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
-            "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=vecs,
-            IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
+            "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
+            CLUSTER=grid.cluster, IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
             PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
         )
 
@@ -215,7 +190,7 @@ def quantize(
         Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
     ]
     return [*amax, Launch(
-        kernel("quantize_shuffle"), (tokens, stretches), threads, **source, row_experts=row_experts,
+        kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, row_experts=row_experts,
         scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]
@@ -227,14 +202,19 @@ def activation_quantize(
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    stretches, threads, vecs = _grid(rows, out_cols, whole_rows=mode == "TOKEN")
+    whole_rows, clusters = mode == "TOKEN", compiler.since_hopper(device)
+    # Rows of a block read the same columns of their expert's scales and bias: from the L2 cache once.
+    per_block = 2 if (w_scale.per_channel or bias.pointer) and (clusters or not whole_rows) else 1
+    most = grids.MAX_ROW_THREADS // per_block
+    grid = grids.whole_rows(rows, out_cols, clusters=clusters, most=most) if whole_rows else grids.stretches(out_cols)
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
-            Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(), VECS=vecs,
-            IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
+            Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
+            VECS=grid.per_thread, ROWS=per_block, CLUSTER=grid.cluster, IN_ALIGNED=aligned,
+            OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
         )
 
     source = {
@@ -247,7 +227,8 @@ def activation_quantize(
         Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
     ]
     return [*amax, Launch(
-        kernel("activation_quantize"), (rows, stretches), threads, source=source, partials=partials,
+        kernel("activation_quantize"), (-(-rows // per_block), grid.stretches), per_block * grid.threads,
+        source=source, rows=rows, partials=partials,
         scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]
@@ -259,7 +240,7 @@ def combine(
     row_experts: int = 0, topk_weights: int = 0, skip_padding: bool = False,
 ) -> Launch:
     """``combine``; ``src2dst`` of 0 takes row ``t`` for token ``t``, ``topk_weights`` of 0 weighs each row by 1."""
-    stretches, threads, _ = _grid(tokens, cols, whole_rows=False)
+    grid = grids.stretches(cols)
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
         Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,
@@ -267,7 +248,7 @@ def combine(
         PER_CHANNEL=w_scale.per_channel,
     )
     return Launch(
-        kernel, (tokens, stretches), threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,
+        kernel, (tokens, grid.stretches), grid.threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,
         row_experts=row_experts, topk_weights=topk_weights, x_scale=x_scale.pointer,
         x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=x_scale.times(unit),
         w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, bias=bias.pointer, skip_padding=skip_padding,
@@ -279,13 +260,14 @@ def shuffle_rows(
     device: int, x: int, pitch_bytes: int, tokens: int, dst2src: int, rows: int, row_bytes: int, out: int
 ) -> Launch:
     """``shuffle_rows`` in the widest words that the rows and addresses allow."""
-    words = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
-    size = next(n for n in words if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
-    total = rows * (row_bytes // size)
+    types = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
+    size = next(n for n in types if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
+    words = row_bytes // size
+    grid, row_threads = grids.words(rows, words)
     return Launch(
-        compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=words[size]),
-        (min(-(-total // STRETCH_THREADS), 1 << 20), 1), STRETCH_THREADS, x=x, x_pitch=pitch_bytes // size,
-        dst2src_map=dst2src, tokens=tokens, rows=rows, words=row_bytes // size, out=out,
+        compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=types[size]), grid, STRETCH_THREADS, x=x,
+        x_pitch=pitch_bytes // size, dst2src_map=dst2src, tokens=tokens, rows=rows, words=words,
+        row_threads=row_threads, out=out,
     )
 
 

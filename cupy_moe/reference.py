@@ -40,11 +40,13 @@ def fused_experts(
     out: Array | None = None,
     out_dtype: Any = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
     validate: bool = False,
 ) -> Array:
     """Run the whole layer: (M, K) -> (M, K).
 
-    `backend` and `validate` are the public function's business and change nothing here.
+    `backend` and `validate` are the public function's business and change nothing here. `batch_invariant` makes the
+    sums of the products exact before they are rounded: no other token can change their order then.
     """
     out_dtype = _result_dtype(out_dtype, out, hidden_states)
     weights_in, weights_out = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
@@ -52,12 +54,12 @@ def fused_experts(
     routing = route(topk_ids, len(w1), expert_map=expert_map)
     experts = routing.row_experts
     q1, q1_scale = _quantize_shuffle(hidden_states, routing, weights_in, a1_scale, per_act_token)
-    product1 = grouped_gemm_fp8(q1, w1, routing.expert_offsets, out_dtype=np.float32)
+    product1 = _grouped_product(q1, w1, routing.expert_offsets, exact=batch_invariant)
     q2, q2_scale = activation_quantize(
         product1, activation, scale=a2_scale, per_token=per_act_token,
         x_scale=q1_scale, w_scale=w1_scale, bias=w1_bias, row_experts=experts,
     )  # fmt: skip
-    product2 = grouped_gemm_fp8(q2, w2, routing.expert_offsets, out_dtype=np.float32)
+    product2 = _grouped_product(q2, w2, routing.expert_offsets, exact=batch_invariant)
     result = combine(
         product2, routing.src2dst_map, topk_weights=weights_out,
         x_scale=q2_scale, w_scale=w2_scale, bias=w2_bias, row_experts=experts, out_dtype=out_dtype,
@@ -185,10 +187,7 @@ def grouped_gemm_fp8(
     Products accumulate in float32; then ``* (a_scale * b_scale) + bias``. Rows of no expert are zero.
     """
     xp = array_namespace(a)
-    product = xp.zeros((a.shape[0], b.shape[1]), np.float32)
-    for expert, (first, last) in enumerate(pairwise(expert_offsets.tolist())):
-        if first < last:
-            product[first:last] = e4m3.decode(a[first:last]) @ e4m3.decode(b[expert]).T
+    product = _grouped_product(a, b, expert_offsets)
     row_experts = xp.searchsorted(expert_offsets[1:], xp.arange(len(a), dtype=np.int32), side="right")
     in_use = row_experts < len(b)
     row_experts = xp.where(in_use, row_experts, -1)
@@ -277,6 +276,17 @@ def _row_weights(topk_weights: Array, routing: Routing) -> Array:
     weights = xp.zeros(topk_weights.size + 1, np.float32)
     weights[routing.src2dst_map.reshape(-1)] = topk_weights.reshape(-1)  # dropped ids: -1, the extra element
     return weights[:-1, None]
+
+
+def _grouped_product(a: Array, b: Array, expert_offsets: Array, *, exact: bool = False) -> Array:
+    """Each expert's rows times its weights, float32; rows of no expert are zero. `exact`: rounded once."""
+    xp = array_namespace(a)
+    product = xp.zeros((a.shape[0], b.shape[1]), np.float32)
+    for expert, (first, last) in enumerate(pairwise(expert_offsets.tolist())):
+        if first < last:
+            multiply = e4m3.exact_matmul if exact else xp.matmul
+            product[first:last] = multiply(e4m3.decode(a[first:last]), e4m3.decode(b[expert]).T)
+    return product
 
 
 def _rows_or_fill(x: Array, index: Array, fill: int) -> Array:

@@ -18,10 +18,14 @@ _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 20, 1024  # a ring entry: two ba
 
 
 class Tile(NamedTuple):
-    """What a block works on at a time: `CHANNELS` weight rows, ``rows`` rows of activations, in ``stages`` stages."""
+    """What a block works on at a time: `CHANNELS` weight rows by ``rows`` rows of activations, in ``stages`` stages.
+
+    ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both.
+    """
 
     rows: int
     stages: int
+    cluster: int = 1
 
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
@@ -42,9 +46,11 @@ PREFERRED = (
     Preference(40, Tile(64, 8)),
     Preference(90, Tile(96, 6)),
     Preference(115, Tile(128, 6)),
-    Preference(float("inf"), Tile(160, 5)),
+    Preference(170, Tile(160, 5)),
+    Preference(230, Tile(224, 5)),
+    Preference(float("inf"), Tile(160, 5, cluster=2)),
 )
-_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED)
+_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, more=(Tile(224, 5, cluster=2),))
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 
@@ -69,14 +75,16 @@ def grouped_gemm(
     """The launch that multiplies ``rows`` rows (an upper bound) of codes ``x`` into ``out``."""
     tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
     kernel = compiler.kernel(
-        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, **tiles.constants(end, out)
+        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, CLUSTER=tile.cluster,
+        **tiles.constants(end, out),
     )
-    channel_tiles = -(-weights.n // CHANNELS)
+    channel_tiles = -(-weights.n // (CHANNELS * tile.cluster))
     most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles
+    clusters = min(most, min(tiles.multiprocessors(device), PARTIALS) // tile.cluster)
     return Launch(
-        kernel, (min(most, tiles.multiprocessors(device), PARTIALS), 1), THREADS,
+        kernel, (clusters * tile.cluster, 1), THREADS,
         shared_bytes=tile.shared_bytes(weights.experts), weights={"words": weights.map},
-        rows={"words": tensor_map(x.pointer, (weights.k, max(rows, 1)), (x.pitch,), (STEP, tile.rows))},
+        rows={"words": tensor_map(x.pointer, (weights.k, max(rows, 1)), (x.pitch,), (STEP, tile.rows // tile.cluster))},
         groups=groups._asdict() | {
             "experts": weights.experts, "channel_tiles": channel_tiles, "steps": -(-weights.k // STEP),
         },

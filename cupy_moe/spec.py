@@ -45,6 +45,7 @@ class LayerSpec:
     activation: str
     apply_router_weight_on_input: bool
     out_dtype: str | None
+    batch_invariant: bool
     validate: bool
 
     @property
@@ -78,7 +79,8 @@ _OPERANDS = (
 def layer_spec(
     w1: Any, w2: Any, *, w1_scale: Any, w2_scale: Any, a1_scale: Any = None, a2_scale: Any = None,
     per_act_token: bool = False, activation: str = "silu", w1_bias: Any = None, w2_bias: Any = None,
-    expert_map: Any = None, apply_router_weight_on_input: bool = False, out_dtype: Any = None, validate: bool = False,
+    expert_map: Any = None, apply_router_weight_on_input: bool = False, out_dtype: Any = None,
+    batch_invariant: bool = False, validate: bool = False,
 ) -> LayerSpec:
     """Check the arguments of `cupy_moe.Experts`.
 
@@ -127,7 +129,7 @@ def layer_spec(
     mapping = operand("expert_map", expert_map, ("int32",), ("global_num_experts",))
     if mapping is not None:
         checks.not_empty("expert_map", mapping.info)
-    return LayerSpec(
+    made = LayerSpec(
         library=library, device=device, num_experts=num_experts, hidden_size=hidden_size,
         intermediate_size=intermediate_size, w1=Operand(w1, first), w2=Operand(w2, second),
         w1_scale=weight_scale("w1_scale", w1_scale, rows, gated),
@@ -139,8 +141,19 @@ def layer_spec(
         per_act_token=checks.flag("per_act_token", per_act_token), activation=activation,
         apply_router_weight_on_input=checks.flag("apply_router_weight_on_input", apply_router_weight_on_input),
         out_dtype=None if out_dtype is None else checks.float_dtype("out_dtype", out_dtype),
-        validate=checks.flag("validate", validate),
+        batch_invariant=checks.flag("batch_invariant", batch_invariant), validate=checks.flag("validate", validate),
     )
+    _check_scale_of_all(made, "a2_scale", made.a2_scale, "")
+    return made
+
+
+def _check_scale_of_all(spec: LayerSpec, name: str, scale: Scale | None, or_else: str) -> None:
+    """With `batch_invariant`, refuse a dynamic scale per tensor."""
+    if spec.batch_invariant and scale is None and not spec.per_act_token:
+        raise ValueError(
+            f"{name}: expected a static scale, or per_act_token=True{or_else}, with batch_invariant=True; got None, a "
+            "dynamic scale per tensor, which depends on all tokens of the call"
+        )
 
 
 class Call(NamedTuple):
@@ -228,6 +241,7 @@ def _check_hidden_scale(spec: LayerSpec, call: Call) -> None:
             f"a1_scale: expected None in a call with {hidden.dtype} hidden_states (it is the scale of fp8 ones); "
             f"got {came}"
         )
+    _check_scale_of_all(spec, "a1_scale", scale, ", or fp8 hidden_states,")
     if isinstance(scale, Operand) and scale.info.shape not in ((), (1,), (spec.num_experts,)):
         raise ValueError(
             f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "

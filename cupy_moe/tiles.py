@@ -33,7 +33,7 @@ class Preference(NamedTuple):
 
 
 class Tiles(Generic[T]):
-    """The tiles of a kernel, those that are ``preferred`` for some number of rows.
+    """The tiles of a kernel: those that are ``preferred`` for some number of rows, and ``more`` that tuning tries.
 
     Attributes
     ----------
@@ -41,9 +41,9 @@ class Tiles(Generic[T]):
         What tuning tries.
     """
 
-    def __init__(self, backend: str, preferred: Sequence[Preference]) -> None:
+    def __init__(self, backend: str, preferred: Sequence[Preference], more: Sequence[T] = ()) -> None:
         self._backend, self._preferred = backend, preferred
-        self.all: tuple[T, ...] = tuple(entry.tile for entry in preferred)
+        self.all: tuple[T, ...] = (*(entry.tile for entry in preferred), *more)
 
     def key(self, device: int, weights: Weights, rows: int) -> str:
         """Under which `tuning` finds the tile for ``rows`` rows in all."""

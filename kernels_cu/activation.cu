@@ -9,6 +9,8 @@
 //   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
+//   ROWS        rows per block, which then share what they read of their expert's columns in the L1 cache
+//   CLUSTER     blocks that have the rows together, if TOKEN; else 1
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
@@ -41,6 +43,8 @@ __device__ __forceinline__ float row_scale_of(const Source& source, int row, int
 // Eight columns of the gates (up = 0) or the ups (up = 1): x * (row scale * weight scale) + bias.
 __device__ __forceinline__ void load_scaled(const Source& source, int row, int expert, float row_scale, int col, int up,
                                             float (&v)[VECTOR]) {
+    // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
+    if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
     const int count = source.cols - col;
     load_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
     const long long at = (long long)expert * source.w_scale_stride + up * source.w_scale_up;
@@ -53,8 +57,8 @@ __device__ __forceinline__ void load_scaled(const Source& source, int row, int e
     }
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-        v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
-        if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
+        const float factor = row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
+        v[j] = sizeof(Bias) > 1 ? fmaf(v[j], factor, shift[j]) : v[j] * factor;
     }
 }
 
@@ -90,14 +94,15 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
 }
 
-// One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
-// (blockIdx.y). The scale is, by MODE,
+// One block takes ROWS rows (blockIdx.x) and one stretch of their columns (blockIdx.y), or all of them; where the maximum
+// over a row is needed, the blocks of a row are a cluster. The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert * scale_expert_stride]
 //   TOKEN       that of the row, left in scale_out[row]
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantize(
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED activation_quantize(
     Source source,
-    const float* __restrict__ partials,       // TENSOR
+    int rows,
+    const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
     float scale_value,
     int scale_expert_stride,
@@ -106,22 +111,24 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
     long long out_pitch,
     float* __restrict__ scale_out)            // (1,) or, if TOKEN, (rows,)
 {
-    // If TENSOR, amax_rows is in front and the source older than that: it is read before that kernel is done.
-    if constexpr (MODE != TENSOR) wait_for_previous_kernel();
     // Backwards: what amax_rows read last is still in the L2 cache.
-    const int row = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
-    const int expert = expert_of(source, row);
+    const int row_threads = blockDim.x / ROWS, nth = blockIdx.x * ROWS + int(threadIdx.x) / row_threads;
+    const int row = MODE == TENSOR ? rows - 1 - nth : nth;
+    const int first = blockIdx.y * row_threads * VECS + int(threadIdx.x) % row_threads;
+    const int expert = nth < rows ? expert_of(source, row) : -1;
     const float row_scale = expert < 0 ? 0.0f : row_scale_of(source, row, expert);
+    // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
+    // Otherwise the GEMM is, and all but x is older.
+    if constexpr (MODE != TENSOR) wait_for_previous_kernel();
+    if constexpr (MODE == TOKEN) enter_cluster<CLUSTER>();
     float v[VECS][VECTOR];
     float largest = 0.0f;
+    if (expert >= 0) {
 #pragma unroll
-    for (int i = 0; i < VECS; ++i) {
-        const int col = (first + i * int(blockDim.x)) * VECTOR;
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-        if (expert >= 0 && col < source.cols)
+        for (int i = 0; i < VECS; ++i) {
+            const int col = (first + i * row_threads) * VECTOR;
             largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v[i]));
+        }
     }
     if constexpr (MODE == TENSOR) wait_for_previous_kernel();
 
@@ -130,16 +137,14 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
         scale = scale_of_amax(max_of_partials(partials));
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
     }
+    if constexpr (MODE == TOKEN) scale = scale_of_amax(row_max<ROWS, CLUSTER>(largest));
     if (expert < 0) return;
     if constexpr (MODE == STATIC) scale = pick(scale_in, expert * scale_expert_stride, scale_value);
-    if constexpr (MODE == TOKEN) {
-        scale = scale_of_amax(block_max(largest));
-        if (threadIdx.x == 0) scale_out[row] = scale;
-    }
+    if (MODE == TOKEN && first == 0) scale_out[row] = scale;
     const Divisor divisor(scale);
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
-        const int col = (first + i * int(blockDim.x)) * VECTOR;
+        const int col = (first + i * row_threads) * VECTOR;
         if (col < out_cols)
             store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, encode_vector(v[i], divisor));
     }

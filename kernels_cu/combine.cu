@@ -11,8 +11,10 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
 
+constexpr int IN_FLIGHT = TOPK < 4 ? TOPK : 4;
+
 extern "C" __global__ void combine(
-    const In* __restrict__ x,                 // (rows, x_pitch)
+    const In* x,                              // (rows, x_pitch); made by the kernel in front
     long long x_pitch,
     int rows,
     const int* __restrict__ src2dst_map,      // (tokens, TOPK): row, or outside 0 .. rows - 1; null: row = token
@@ -30,15 +32,14 @@ extern "C" __global__ void combine(
     Out* __restrict__ out,                    // (tokens, out_pitch)
     long long out_pitch)
 {
-    wait_for_previous_kernel();
     const int token = blockIdx.x;
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-    if (col >= cols) return;
     const int count = cols - col;
 
-    // All slots' indices first, so that the rows' loads do not wait for one another.
+    // All slots' indices and scales first, so that the rows' loads wait for none of them. The kernel in front makes x,
+    // and did not start the next one before it had waited itself: everything but x is older and read before its end.
     int row[TOPK], expert[TOPK];
-    float weight[TOPK];
+    float weight[TOPK], factor[TOPK];
 #pragma unroll
     for (int slot = 0; slot < TOPK; ++slot) {
         const long long pair = (long long)token * TOPK + slot;
@@ -52,25 +53,41 @@ extern "C" __global__ void combine(
         expert[slot] = !valid ? -1 : row_experts ? row_experts[row[slot]] : 0;
         any |= expert[slot] >= 0;
     }
-
-    float sum[VECTOR] = {};
 #pragma unroll
     for (int slot = 0; slot < TOPK; ++slot) {
         if (expert[slot] < 0) continue;
-        float v[VECTOR], scale[VECTOR], shift[VECTOR];
-        load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v);
-        const long long first = (long long)expert[slot] * w_scale_stride;
-        const float expert_scale = pick(w_scale, first, 1.0f);
-        if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(w_scale + first + col, count, scale);
-        if constexpr (sizeof(Bias) > 1)
-            load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift);
-        const long long row_index = (long long)row[slot] * x_scale_row_stride + expert[slot] * x_scale_expert_stride;
-        const float row_scale = unit * pick(x_scale, row_index, 1.0f);
+        const long long index = (long long)row[slot] * x_scale_row_stride + expert[slot] * x_scale_expert_stride;
+        factor[slot] = unit * pick(x_scale, index, 1.0f);
+        if constexpr (!PER_CHANNEL) factor[slot] *= pick(w_scale, (long long)expert[slot] * w_scale_stride, 1.0f);
+    }
+    wait_for_previous_kernel();
+    if (col >= cols) return;
+
+    float sum[VECTOR] = {};
+    // Several slots' loads are on their way before the first is used.
 #pragma unroll
-        for (int j = 0; j < VECTOR; ++j) {
-            v[j] *= row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
-            if constexpr (sizeof(Bias) > 1) v[j] += shift[j];
-            sum[j] = fmaf(weight[slot], v[j], sum[j]);
+    for (int first = 0; first < TOPK; first += IN_FLIGHT) {
+        float v[IN_FLIGHT][VECTOR];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            const int slot = first + i;
+            if (slot < TOPK && expert[slot] >= 0) load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            const int slot = first + i;
+            if (slot >= TOPK || expert[slot] < 0) continue;
+            float scale[VECTOR], shift[VECTOR];
+            if constexpr (PER_CHANNEL)
+                load_vector<IN_ALIGNED>(w_scale + (long long)expert[slot] * w_scale_stride + col, count, scale);
+            if constexpr (sizeof(Bias) > 1)
+                load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const float by = PER_CHANNEL ? factor[slot] * scale[j] : factor[slot];
+                const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[j]) : v[i][j] * by;
+                sum[j] = fmaf(weight[slot], scaled, sum[j]);
+            }
         }
     }
     if (any || !skip_padding) store_vector<OUT_ALIGNED>(out + token * out_pitch + col, count, sum);

@@ -32,6 +32,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta
 // alone since before the kernel in front started: that kernel may still be running. Without the launch attribute the
 // kernel in front is done anyway and both instructions do nothing.
 // A kernel may let the next one start before it waits itself. For that next kernel, two kernels may still be running.
+// What the kernel in front writes must not be a `const __restrict__` parameter: loads of those may move to before the wait.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
@@ -122,11 +123,36 @@ __device__ __forceinline__ float pick(const float* scales, long long index, floa
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+// fmaf wherever a product meets a sum: the compiler might fuse them in one variant of a kernel and not in another.
+// 1 / x to a unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678118654752f); }
+// The complementary error function to 1.2e-7 of its value, apart from the rounding of the exponent: Chebyshev fit of Press et
+// al., "Numerical Recipes in C", 2nd edition, section 6.2. erfcf is exacter, but takes registers that the end of a GEMM has
+// not got.
+__device__ __forceinline__ float complementary_error(float x) {
+    const float z = fabsf(x), t = reciprocal(fmaf(0.5f, z, 1.0f));
+    float p = 0.17087277f;
+    p = fmaf(p, t, -0.82215223f);
+    p = fmaf(p, t, 1.48851587f);
+    p = fmaf(p, t, -1.13520398f);
+    p = fmaf(p, t, 0.27886807f);
+    p = fmaf(p, t, -0.18628806f);
+    p = fmaf(p, t, 0.09678418f);
+    p = fmaf(p, t, 0.37409196f);
+    p = fmaf(p, t, 1.00002368f);
+    p = fmaf(p, t, -1.26551223f);
+    const float tail = __expf(fmaf(-z, z, p));
+    return x < 0.0f ? fmaf(-t, tail, 2.0f) : t * tail;
+}
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * complementary_error(x * -0.70710678118654752f); }
 __device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * fmaf(0.044715f * x * x, x, x)));
 }
 // Comparisons instead of fminf: a NaN has to stay one.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
@@ -204,15 +230,49 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
 }
 
 // ---- reductions -------------------------------------------------------------------------------------------------
-// The largest x of the block, in every thread. At most 1024 threads, all of which call it.
+// The largest x of the block, in every thread, or of each of ROWS equal parts of it, in whole warps. At most 1024 threads,
+// all of which call it.
+template <int ROWS = 1>
 __device__ __forceinline__ float block_max(float x) {
     __shared__ float warp_max[LANES];
     for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    if (threadIdx.x % LANES == 0) warp_max[threadIdx.x / LANES] = x;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, warps = blockDim.x / (LANES * ROWS);
+    if (lane == 0) warp_max[warp] = x;
     __syncthreads();
-    const int lane = threadIdx.x % LANES;
-    x = lane < int(blockDim.x / LANES) ? warp_max[lane] : 0.0f;
+    x = lane < warps ? warp_max[warp / warps * warps + lane] : 0.0f;
     for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
+}
+
+// The blocks along y may be a cluster: they run at the same time and reach one another's shared memory. Each thread calls
+// enter_cluster before row_max, which must not write to a block that has not started.
+template <int CLUSTER>
+__device__ __forceinline__ void enter_cluster() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+// `block_max` where CLUSTER blocks have a row, or ROWS rows, together.
+template <int ROWS, int CLUSTER>
+__device__ __forceinline__ float row_max(float x) {
+    x = block_max<ROWS>(x);
+#if __CUDA_ARCH__ >= 900
+    if constexpr (CLUSTER > 1) {
+        __shared__ float of_blocks[ROWS][CLUSTER];
+        const u32 row_threads = blockDim.x / ROWS, row = threadIdx.x / row_threads, peer = threadIdx.x % row_threads;
+        asm volatile("barrier.cluster.wait;" ::: "memory");
+        if (peer < CLUSTER) {
+            const u32 mine = u32(__cvta_generic_to_shared(&of_blocks[row][blockIdx.y]));
+            u32 there;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(peer));
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+        }
+        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < CLUSTER; ++i) x = fmaxf(x, of_blocks[row][i]);
+    }
+#endif
     return x;
 }
 

@@ -36,57 +36,58 @@ struct Channel {
     __device__ __forceinline__ float of(float x, float row_scale) const { return fmaf(x, row_scale * scale, shift); }
 };
 
-// The scales of this thread's rows of a tile: row 8 * j + 2 * (lane % 4) + i at 2 * j + i.
-template <int COUNT>
-__device__ __forceinline__ void load_row_scales(const Epilogue& end, const Place& at, float (&scales)[COUNT]) {
-    const int first = 2 * (threadIdx.x % 4);
-    const float* from = end.x_scale ? end.x_scale + at.expert * end.x_scale_expert_stride : nullptr;
+// What the end of a tile needs from memory, loaded before the multiplication so that nothing waits for it afterwards.
+template <int COUNT>  // rows of the tile that a warp has, a multiple of 8
+struct Scales {
+    float rows[(COUNT + LANES - 1) / LANES];  // row LANES * i + lane at i
+    Channel first, second;                    // of this thread's pair of channels
+    float code;                               // of CODES
+    __device__ __forceinline__ Scales(const Epilogue& end, const Place& at, int col)
+        : first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED),
+          code(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f) {
+        const float* from = end.x_scale ? end.x_scale + at.expert * end.x_scale_expert_stride : nullptr;
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-        const int within = 8 * (k / 2) + first + k % 2;
-        scales[k] = end.unit;
-        if (from && within < at.count) scales[k] *= from[(long long)(at.row + within) * end.x_scale_row_stride];
+        for (int i = 0; i < (COUNT + LANES - 1) / LANES; ++i) {
+            const int within = LANES * i + threadIdx.x % LANES;
+            rows[i] = end.unit;
+            if (from && within < at.count) rows[i] *= from[(long long)(at.row + within) * end.x_scale_row_stride];
+        }
     }
-}
+};
 
-// A warp's part of a finished tile: sixteen weight rows, the group `group` of the expert's, by all rows at `at`.
-// sum[4 * j + 2 * h + i] is half h of this thread's pair of channels in row 8 * j + 2 * (lane % 4) + i. Returns the largest
-// finite magnitude if ACTIVATED.
-template <int SUMS>
-__device__ __forceinline__ float finish(const Epilogue& end, const Place& at, int group, const float (&sum)[SUMS]) {
-    const int lane = threadIdx.x % LANES, first_row = 2 * (lane % 4);
-    const int pair = group * 8 + lane / 4, col = GATED ? pair : 2 * pair;
+// A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
+// is negative). Column `col` of the result is where this thread's pair of channels begins; sum[4 * j + 2 * h + i] is half h
+// of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if ACTIVATED.
+template <int COUNT>
+__device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
+                                        const float (&sum)[COUNT / 2]) {
+    const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
     float largest = 0.0f;
-    if (col >= end.out_cols) return largest;
-    float row_scales[SUMS / 2];
-    if constexpr (END != PRODUCT) load_row_scales(end, at, row_scales);
-    const Channel first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED);
-    const Divisor divisor(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f);
-    const long long start = (at.row + first_row) * end.pitch + col;
-    const int pitch = int(end.pitch);
+    const Divisor divisor(scales.code);
+    constexpr int SIZE = END == PRODUCT ? sizeof(Out) : END == ACTIVATED ? sizeof(float) : 1;
+    u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
+    const u32 pitch = u32(end.pitch) * SIZE;
 #pragma unroll
-    for (int k = 0; k < SUMS / 2; ++k) {
+    for (int k = 0; k < COUNT / 4; ++k) {
         // Rows that do not exist are calculated too: branches would keep the rows from overlapping.
         const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
-        const bool exists = first_row + down < at.count;
-        const long long place = start + down * pitch;
+        const bool exists = down < rows;
+        u8* const to = start + u64(pitch) * down;
         const float a = sum[at_sum], b = sum[at_sum + 2];
         if constexpr (END == PRODUCT) {
             struct alignas(2 * sizeof(Out)) Two { Out a, b; } two;
             from_float(a * end.unit, two.a);
             from_float(b * end.unit, two.b);
-            if (exists) *reinterpret_cast<Two*>(static_cast<Out*>(end.out) + place) = two;
+            if (exists) *reinterpret_cast<Two*>(to) = two;
         } else {
-            const float scaled = first.of(a, row_scales[k]), other = second.of(b, row_scales[k]);
+            const float row_scale = __shfl_sync(FULL_WARP, scales.rows[down / LANES], down % LANES + first_row);
+            const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
             if constexpr (END == ACTIVATED) {
-                const float magnitude = fmaxf(finite_magnitude(x), finite_magnitude(y));
-                largest = fmaxf(largest, exists ? magnitude : 0.0f);
-                float* to = static_cast<float*>(end.out) + place;
-                if (GATED && exists) *to = x;
+                if (exists) largest = fmaxf(largest, fmaxf(finite_magnitude(x), finite_magnitude(y)));
+                if (GATED && exists) *reinterpret_cast<float*>(to) = x;
                 if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
             } else {
-                u8* to = static_cast<u8*>(end.out) + place;
                 const u32 codes = encode_pair(divisor.divide(x), divisor.divide(y));
                 if (GATED && exists) *to = u8(codes);
                 if (!GATED && exists) *reinterpret_cast<u16*>(to) = u16(codes);

@@ -17,6 +17,7 @@ constexpr int STEP = 128;      // columns of a stage
 constexpr int CHANNELS = 128;
 constexpr int THREADS = 256;   // eight warps: four along CHANNELS, two along ROWS
 constexpr int GROUPS = 2;      // of 16 weight rows that a warp has
+constexpr int APART = GATED ? 8 : 16;  // columns of the result from one group to the next
 constexpr int WARP_ROWS = ROWS / 2, SUMS = WARP_ROWS / 2;  // of a warp; of a thread, for each group
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 static_assert(ROWS % 16 == 0);
@@ -159,16 +160,12 @@ __device__ __forceinline__ void multiply_add(float (&sum)[GROUPS][SUMS], const u
 }
 
 // ---- a block ----------------------------------------------------------------------------------------------------
-// This warp's part of a finished tile; returns the largest finite magnitude if ACTIVATED.
-__device__ __forceinline__ float finish_tile(const Epilogue& end, Place at, const float (&sum)[GROUPS][SUMS]) {
-    const int warp = threadIdx.x / LANES, first_row = warp / 4 * WARP_ROWS;
+// Where this warp's rows of a tile lie; beyond the expert's last one their count is 0 or less.
+__device__ __forceinline__ Place rows_of_warp(Place at) {
+    const int first_row = threadIdx.x / (4 * LANES) * WARP_ROWS;
     at.row += first_row;
     at.count -= first_row;
-    float largest = 0.0f;
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group)
-        largest = fmaxf(largest, finish(end, at, at.channel_tile * (CHANNELS / 16) + warp % 4 * GROUPS + group, sum[group]));
-    return largest;
+    return at;
 }
 
 extern __shared__ __align__(128) u8 dynamic_shared[];  // the stages, then the schedule
@@ -194,6 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
     int read = 0, free = STAGES - 1;
     Place at(entries);
     for (int tile = blockIdx.x; at.seek(tile); tile += gridDim.x) {
+        const Place mine = rows_of_warp(at);
+        const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES % 4 * (8 * GROUPS) + threadIdx.x % LANES / 4;
+        const int col = GATED ? pair : 2 * pair;
+        const Scales<WARP_ROWS> scales[GROUPS] = {{end, mine, col}, {end, mine, col + APART}};
         float sum[GROUPS][SUMS] = {};
         for (int step = 0; step < groups.steps; ++step) {
             wait_for_groups<STAGES - 2>();
@@ -206,7 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
             free = read;
             read = read + 1 == STAGES ? 0 : read + 1;
         }
-        largest = fmaxf(largest, finish_tile(end, at, sum));
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group)
+            largest = fmaxf(largest, finish(end, mine, scales[group], col + group * APART, sum[group]));
     }
     if constexpr (END == ACTIVATED) {
         largest = block_max(largest);

@@ -5,13 +5,16 @@
 // as 8, so that a few rows cost no padding, and the same kernel serves many. One thread, the producer, keeps STAGES stages of
 // both operands on their way into shared memory (TMA, 128 columns at a time); two consumer warpgroups multiply them, 64
 // weight rows each. The tiles are numbered by a schedule that every block works out itself from the row counts of the
-// experts; a block takes the next one that is left, so that none waits for another. docs/kernels.md has the pictures.
+// experts; a block takes the next one that is left, so that none waits for another. Where rows are many, two blocks form a
+// cluster and share them. docs/kernels.md has the pictures.
 //
 // The order of the weight rows in shared memory, which ends.cuh gives, is that of the tensor map.
 //
 // Constants put in front of this text:
 //   ROWS        rows of activations per tile: N of wgmma
 //   STAGES      stages in shared memory
+//   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
+//               for all
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
 //                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
@@ -29,40 +32,36 @@ constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one bu
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int HALF = (ROWS / 2 + 7) / 8 * 8, QUARTER = (ROWS / 4 + 7) / 8 * 8;  // multiples of 8, as N of wgmma has to be
 constexpr int SUMS = ROWS / 2;  // of a thread
+constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
+
+__device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
+__device__ __forceinline__ int channel_tile(const Place& at) { return at.channel_tile * CLUSTER + rank(); }
 
 // ---- multiplication ---------------------------------------------------------------------------------------------
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
 // bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) { return u64(address) | u64(1024 >> 4) << 32 | u64(1) << 62; }
 
-// Two warpgroups that multiply at the same time also add at the same time, and the tensor cores idle meanwhile. They take
-// turns instead: one multiplies while the other adds, and the turn passes when the last product has begun.
-__device__ __forceinline__ void await_turn() { asm volatile("bar.sync %0, 256;" ::"r"(1 + threadIdx.x / 128) : "memory"); }
-__device__ __forceinline__ void pass_turn() { asm volatile("bar.arrive %0, 256;" ::"r"(2 - threadIdx.x / 128) : "memory"); }
-
 // The accumulators of the tensor cores hold fewer bits than float32: each stage is added to the sum on its own. Columns from
-// COLS on stay as they are.
+// COLS on stay as they are. Many columns take two passes: there are registers for one product under way.
 template <int COLS>
 __device__ __forceinline__ void multiply_add(float (&sum)[SUMS], const u8* weights, const u8* rows) {
-    constexpr bool IN_TURNS = COLS >= 64;  // shorter products are over before the turn has passed
+    constexpr int PASSES = COLS > 160 ? 2 : 1, WIDTH = COLS / PASSES;
     const u32 a = shared_address(weights) / 16, b = shared_address(rows) / 16;
-    float part[COLS / 2];
-    if constexpr (IN_TURNS) await_turn();
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < STEP / 32; ++k) {
-        wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), k > 0);
+    for (int pass = 0; pass < PASSES; ++pass) {
+        float part[WIDTH / 2];
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int k = 0; k < STEP / 32; ++k)
+            wgmma(part, descriptor(a + 2 * k), descriptor(b + pass * (WIDTH * STEP / 16) + 2 * k), k > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-    if constexpr (IN_TURNS) {
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        pass_turn();
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
+        for (int i = 0; i < WIDTH / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
 #pragma unroll
-    for (int i = 0; i < COLS / 2; ++i) sum[i] += part[i];
+        for (int i = 0; i < WIDTH / 2; ++i) sum[pass * (WIDTH / 2) + i] += part[i];
+    }
 }
 
 // ---- the two roles ----------------------------------------------------------------------------------------------
@@ -94,7 +93,8 @@ struct Slot {
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
     const auto copy_rows_of = [&](int stage, int row, int step) {
-        copy_rows(ring.stage(stage) + WEIGHT_BYTES, rows, step * STEP, row, ring.full(stage));
+        u8* to = ring.stage(stage) + WEIGHT_BYTES + rank() * (SHARE * STEP);
+        copy_rows<CLUSTER>(to, rows, step * STEP, row + rank() * SHARE, ring.full(stage));
     };
     // The kernel in front makes the rows, not the weights: stages of those are on their way before its end.
     bool waited = false;
@@ -110,14 +110,14 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     };
     Place at(entries);
     Slot slot;
-    for (int tile = blockIdx.x, next; at.seek(tile); tile = next) {
-        next = gridDim.x + atomicAdd(groups.claims, 1);
+    for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
+        next = CLUSTER > 1 ? tile + gridDim.x / CLUSTER : gridDim.x + atomicAdd(groups.claims, 1);
         for (int step = 0; step < groups.steps; ++step, slot.next()) {
             if (!waited && early == STAGES) wait_for_rows();
             wait(ring.empty(slot.stage), slot.parity ^ 1);  // passes in the first round
             ring.tile(slot.stage) = tile;
             expect_bytes(ring.full(slot.stage), STAGE_BYTES);
-            copy_weights(ring.stage(slot.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16),
+            copy_weights(ring.stage(slot.stage), weights, step * STEP, channel_tile(at) * (CHANNELS / 16),
                          at.expert, ring.full(slot.stage));
             if (waited) copy_rows_of(slot.stage, at.row, step);
             else ++early;
@@ -127,43 +127,45 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     wait(ring.empty(slot.stage), slot.parity ^ 1);
     ring.tile(slot.stage) = NO_TILE;
     arrive(ring.full(slot.stage));
-    if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
+    if (CLUSTER == 1 && atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
 // All stages of a tile, the first COLS of its rows.
 template <int COLS>
 __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps) {
-    const int mine = threadIdx.x / 128 * (64 * STEP);
-    for (; steps > 0; --steps, slot.next()) {
+    const int lane = threadIdx.x % LANES, group = threadIdx.x / 128;
+    for (int step = 0; step < steps; ++step, slot.next()) {
         const u8* here = ring.stage(slot.stage);
         wait(ring.full(slot.stage), slot.parity);
-        multiply_add<COLS>(sum, here + mine, here + WEIGHT_BYTES);
-        if (threadIdx.x % LANES == 0) arrive(ring.empty(slot.stage));
+        multiply_add<COLS>(sum, here + group * (64 * STEP), here + WEIGHT_BYTES);
+        if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(slot.stage), lane);
     }
 }
 
 // Returns the largest finite magnitude of this thread's results if ACTIVATED.
 __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Entry* entries, const Epilogue& end) {
     float largest = 0.0f;
-    if (threadIdx.x >= 128) pass_turn();  // the first turn is that of the first warpgroup
     Place at(entries);
     for (Slot slot;;) {
         wait(ring.full(slot.stage), slot.parity);
         const int tile = ring.tile(slot.stage);
         if (tile == NO_TILE) return largest;
         at.seek(tile);
+        const int pair = channel_tile(at) * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
+        const int col = GATED ? pair : 2 * pair;
+        const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
         // The last tile of an expert may have few rows.
         if (at.count > HALF) multiply_tile<ROWS>(sum, ring, slot, groups.steps);
         else if (at.count > QUARTER) multiply_tile<HALF>(sum, ring, slot, groups.steps);
         else multiply_tile<QUARTER>(sum, ring, slot, groups.steps);
-        largest = fmaxf(largest, finish(end, at, at.channel_tile * (CHANNELS / 16) + threadIdx.x / LANES, sum));
+        largest = fmaxf(largest, finish(end, at, scales, col, sum));
     }
 }
 
 extern __shared__ u8 dynamic_shared[];
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER) grouped_gemm(
     const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows, Groups groups, Epilogue end)
 {
     const Ring ring = {dynamic_shared + (-shared_address(dynamic_shared) & 1023)};
@@ -176,10 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm(
         block_largest = 0;
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(ring.full(i), 1);
-            init_barrier(ring.empty(i), CONSUMERS / LANES);
+            init_barrier(ring.empty(i), CLUSTER * CONSUMERS / LANES);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    if constexpr (CLUSTER > 1) sync_cluster();
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {
@@ -197,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm(
             if (threadIdx.x % LANES == 0) atomicMax(&block_largest, __float_as_uint(largest));
         }
     }
+    if constexpr (CLUSTER > 1) sync_cluster();  // the other block may still arrive here
     if constexpr (END == ACTIVATED) {
         __syncthreads();
         for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < PARTIALS; i += gridDim.x * THREADS)

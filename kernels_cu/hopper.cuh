@@ -16,6 +16,24 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
 __device__ __forceinline__ void arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// At the barrier in the same place of block `rank` of the cluster.
+template <int BLOCKS>
+__device__ __forceinline__ void arrive_at(u64* barrier, int rank) {
+    if constexpr (BLOCKS == 1)
+        arrive(barrier);
+    else
+        asm volatile(
+            "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n"
+            "\tmbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+__device__ __forceinline__ int rank_in_cluster() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
     asm volatile(
         "{\n\t.reg .pred done;\n"
@@ -28,8 +46,17 @@ __device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int
         ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(0), "r"(group), "r"(expert)
         : "memory");
 }
+// To the same place in each block of the cluster, and to the barrier there.
+template <int BLOCKS>
 __device__ __forceinline__ void copy_rows(void* to, const TensorMap& map, int column, int row, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
+    if constexpr (BLOCKS == 1)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+            ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+            " [%0], [%1, {%3, %4}], [%2], %5;"
+            ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row),
+              "h"(u16((1 << BLOCKS) - 1)) : "memory");
 }

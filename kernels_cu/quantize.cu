@@ -6,10 +6,13 @@
 //   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
 //   MODE        where the scale comes from, see quantize_shuffle
 //   VECS        vectors of eight columns per thread
+//   CLUSTER     blocks that have a token together, if TOKEN; else 1
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
 //   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
+
+constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_tokens that are loaded before the first is used
 
 __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
     float largest = 0.0f;
@@ -22,7 +25,7 @@ __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
 extern "C" __global__ void amax_tokens(
     const In* __restrict__ x,                 // (tokens, cols)
     long long x_pitch,
-    const int* __restrict__ src2dst_map,      // (tokens, topk), read if WEIGHTED or valid_only
+    const int* src2dst_map,                   // (tokens, topk), read if WEIGHTED or valid_only
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
     int valid_only,                           // a token without a valid row does not count
     int tokens,
@@ -33,38 +36,54 @@ extern "C" __global__ void amax_tokens(
     // Without the map this runs beside the routing kernel in front: x is older than that.
     const bool needs_map = WEIGHTED || valid_only;
     if (needs_map) wait_for_previous_kernel();
-    const u32 vectors = (cols + VECTOR - 1) / VECTOR, total = tokens * vectors, step = gridDim.x * blockDim.x;
+    const u32 vectors = (cols + VECTOR - 1) / VECTOR, threads = gridDim.x * blockDim.x;
+    const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    // From one vector of a thread to its next: some tokens on, and some vectors.
+    const u32 more_tokens = threads / vectors, more_vectors = threads % vectors;
+    u32 token = index / vectors, vector = index % vectors;
     float largest = 0.0f;
-#pragma unroll 4
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
-        const int token = i / vectors, col = (i - token * vectors) * VECTOR;
-        float v[VECTOR];
-        load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v);
-        float factor = needs_map ? 0.0f : 1.0f;
-        for (int slot = 0; needs_map && slot < topk; ++slot) {
-            const long long pair = (long long)token * topk + slot;
-            if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
+    while (token < u32(tokens)) {
+        float v[IN_FLIGHT][VECTOR];
+        u32 of[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
+            const int col = vector * VECTOR;
+            of[i] = token;
+            if (token < u32(tokens)) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
+            vector += more_vectors;
+            token += more_tokens + (vector >= vectors);
+            if (vector >= vectors) vector -= vectors;
         }
-        largest = fmaxf(largest, finite_magnitude(max_of_vector(v) * factor));
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            float factor = needs_map ? 0.0f : 1.0f;
+            for (int slot = 0; needs_map && of[i] < u32(tokens) && slot < topk; ++slot) {
+                const long long pair = (long long)of[i] * topk + slot;
+                if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
+            }
+            largest = fmaxf(largest, finite_magnitude(max_of_vector(v[i]) * factor));
+        }
     }
     largest = block_max(largest);
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
     if (!needs_map) wait_for_previous_kernel();
 }
 
-// One block takes one token (blockIdx.x) and, where no maximum over the token is needed, one stretch of its columns
-// (blockIdx.y): the token is read once and written to the row of each of its slots. The scale is, by MODE,
+// One block takes one token (blockIdx.x) and one stretch of its columns (blockIdx.y), or all of them; where the maximum over
+// the token is needed, the blocks of a token are a cluster. The token is read once and written to the row of each of its slots. The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert] if PER_EXPERT, else scale_in[token * scale_stride]; left in scale_out[row] if not null
 //   TOKEN       that of the row, left in scale_out[row]
 // Fp8 input is always STATIC; with WEIGHTED the router weight goes into the row's scale.
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
-    const In* __restrict__ x,                 // (tokens, cols)
+extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) CLUSTERED quantize_shuffle(
+    const In* x,                              // (tokens, cols)
     long long x_pitch,                        // elements from one token to the next
-    const int* __restrict__ src2dst_map,      // (tokens, topk): row or -1; null: row = token
-    const int* __restrict__ row_experts,      // (rows,), read if PER_EXPERT or FRESH; a row of expert -1 is left out
+    const int* src2dst_map,                   // (tokens, topk): row or -1; null: row = token
+    const int* row_experts,                   // (rows,), read if PER_EXPERT or FRESH; a row of expert -1 is left out
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
-    const float* __restrict__ partials,       // TENSOR
+    const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
     float scale_value,
     int scale_stride,
@@ -85,10 +104,11 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     bool wanted = true;
     if constexpr (FRESH) {
         start_next_kernel();  // nothing that it reads before its own wait comes from here
+        wanted = row_experts[token] >= 0;  // older than the kernel in front
         wait_for_previous_kernel();
-        wanted = row_experts[token] >= 0;
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
+    if constexpr (MODE == TOKEN) enter_cluster<CLUSTER>();
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     float v[VECS][VECTOR];
     float largest = 0.0f;
@@ -100,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
-    if constexpr (MODE == TOKEN) largest = block_max(largest);
+    if constexpr (MODE == TOKEN) largest = row_max<1, CLUSTER>(largest);
 
     uint2 codes[VECS];
     const auto encode = [&](float weight, float scale) {

@@ -4,6 +4,10 @@
 // Constant put in front of this text:
 //   Word        u8 | u16 | u32 | u64 | uint4: the widest that divides the row and fits the pointers
 
+constexpr int IN_FLIGHT = 4;  // loads of a thread before its first store
+
+// Each row is that of row_threads neighbouring threads, so that a block has one wide row or many narrow ones. Of a row
+// wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch.
 extern "C" __global__ void shuffle_rows(
     const Word* __restrict__ x,               // (tokens, words)
     long long x_pitch,                        // words from one token to the next
@@ -11,15 +15,30 @@ extern "C" __global__ void shuffle_rows(
     int tokens,
     int rows,
     int words,
+    int row_threads,                          // divides the threads of a block
     Word* __restrict__ out)                   // (rows, words)
 {
     wait_for_previous_kernel();
-    const long long total = (long long)rows * words;
-    const long long step = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
-        const int row = int(i / words);
-        const int token = dst2src_map[row];
-        const bool valid = token >= 0 && token < tokens;
-        out[i] = valid ? x[token * x_pitch + (i - (long long)row * words)] : Word{};
+    const u32 row = blockIdx.x * (blockDim.x / u32(row_threads)) + threadIdx.x / u32(row_threads);
+    if (row >= u32(rows)) return;
+    const int token = dst2src_map[row];
+    const bool valid = token >= 0 && token < tokens;
+    const Word* source = x + (valid ? token : 0) * x_pitch;
+    Word* target = out + (long long)row * words;
+
+    const int stretch = row_threads * IN_FLIGHT;
+    const long long first = (long long)blockIdx.y * stretch + threadIdx.x % u32(row_threads);
+    for (long long start = first; start < words; start += (long long)gridDim.y * stretch) {
+        Word word[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            const long long at = start + i * row_threads;
+            word[i] = valid && at < words ? source[at] : Word{};
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            const long long at = start + i * row_threads;
+            if (at < words) target[at] = word[i];
+        }
     }
 }

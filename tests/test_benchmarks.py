@@ -14,7 +14,7 @@ from cupy_moe import compiler, launches
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import cases, expected, records, steps, table, timing  # noqa: E402
+from benchmarks import cases, expected, invariance, records, step_cases, steps, table, timing  # noqa: E402
 
 SHAPE = (6, 3, 128, 96)
 
@@ -135,6 +135,29 @@ def test_table(no_clock, tmp_path, capsys):
     assert "tensor skewed graph warm" in capsys.readouterr().out
 
 
+def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "invariance.json"
+    monkeypatch.setattr(timing, "fitting_replays", lambda call: 1)
+    assert invariance.main(["--out", str(out), "--commit", "0" * 40]) == 0
+    content = json.loads(out.read_text())
+    assert [(record["M"], record["batch_invariant"]) for record in content["records"]] == [
+        (5, False), (5, True), (600, False), (600, True)
+    ]  # fmt: skip
+    assert all(record["us"] == 10 and record["err"] < 1e-2 for record in content["records"])
+    assert "1.000 times as long as without it (geometric mean of 2 cells" in capsys.readouterr().out
+    monkeypatch.setitem(invariance.ERROR_LIMITS, "cupy_moe", 0)
+    assert invariance.main(["--out", str(out)]) == 1
+    assert len(json.loads(out.read_text())["failures"]) == 2
+
+
+def test_rounds_take_turns(monkeypatch):
+    made = []
+    monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(call(), 0, 0))
+    first, second = timing.time_in_turns([lambda: made.append(0) or len(made), lambda: made.append(1) or len(made)])
+    assert made == [0, 1] * timing.ROUNDS
+    assert (first.us_min, first.us, second.us_max) == (1, timing.ROUNDS, 2 * timing.ROUNDS)
+
+
 def test_a_call_that_takes_long_is_repeated_less(monkeypatch):
     for us, replays in ((10.0, timing.REPLAYS), (1000.0, 7), (1e6, 1)):
         monkeypatch.setattr(timing, "time_warm", lambda call, us=us, **_: timing.Timing(us, us, us))
@@ -147,19 +170,21 @@ def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("build", "scheme"), [(build, scheme) for build, schemes in steps.STEPS for scheme in schemes],
+    ("build", "scheme"), [(build, scheme) for build, schemes in step_cases.STEPS for scheme in schemes],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )  # fmt: skip
 def test_steps(build, scheme):
-    case = steps.Case(SHAPE, 70, device="cpu")
-    with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch):
+    case = step_cases.Case(SHAPE, 70, device="cpu")
+    patches = {"kernel": FakeKernel, "since_hopper": lambda device: True}
+    with mock.patch.multiple(compiler, **patches), mock.patch.object(launches, "Launch", launch):
         step = build(case, scheme)
-    assert len(step.launches) == (2 if scheme == "tensor" and build is not steps.combine else 1)
+    behind_amax = scheme == "tensor" and build in (step_cases.quantize, step_cases.activation)
+    assert len(step.launches) == len(step.moved) == (2 if behind_amax else 1)
     got, want = step.got(), step.want()
     assert got.shape == want.shape
     assert want.isfinite().all()
     assert expected.relative_error(want, want) == 0
-    assert all(nbytes > 0 for nbytes in step.nbytes())
+    assert all(nbytes > 0 for i in range(len(step.launches)) for nbytes in step.nbytes(i))
 
 
 def test_sets_of_arrays():

@@ -26,6 +26,7 @@ LAYERS = {
     "number": {"a1_scale": 0.5},
     "array": {"a1_scale": floats(1)},
     "float16 out": {"out_dtype": "float16"},
+    "batch invariant": {"batch_invariant": True, "a2_scale": 0.5},
 }
 RIGHT = [{}, {"out": floats(M, K)}, {"topk_ids": np.zeros((M, 2), np.int64)}]
 RIGHT += [{"hidden_states": FP8_HIDDEN, "a1_scale": scale} for scale in (0.5, floats(), floats(1), floats(M, 1))]
@@ -75,6 +76,15 @@ def test_wrong_calls_are_new(start, right, changes, padded, options):
 def test_a_scale_that_is_not_wanted(given, layer_scale):
     layer = spec.layer_spec(**LAYER, a1_scale=layer_scale)
     right, wrong = describe(layer, CALL, padded=False), describe(layer, CALL | {"a1_scale": given}, padded=False)
+    assert is_right(layer, right)
+    assert not is_right(layer, wrong)
+    assert right.signature() != wrong.signature()
+
+
+def test_a_scale_that_batch_invariant_misses():
+    layer = spec.layer_spec(**LAYER, batch_invariant=True, a2_scale=0.5)
+    wrong = describe(layer, CALL, padded=False)
+    right = describe(layer, CALL | {"hidden_states": FP8_HIDDEN, "a1_scale": 0.5}, padded=False)
     assert is_right(layer, right)
     assert not is_right(layer, wrong)
     assert right.signature() != wrong.signature()

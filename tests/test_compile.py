@@ -15,13 +15,15 @@ from unittest import mock
 import pytest
 
 import kernels_cu
-from cupy_moe import compiler, driver, launches, mma, sm90, tiles
+from cupy_moe import compiler, driver, grids, launches, mma, sm90, tiles
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.launches import Bias, Maps, Matrix, RowScale, Tables, WeightScale
 
 FLOATS = ("float16", "bfloat16", "float32")
 ALIGNED = tuple(itertools.product((True, False), repeat=2))
 ADDRESS = 1 << 20
+HOPPER, OLDER = 0, 1
+"""Devices with clusters of blocks, and without."""
 MAPS = Maps(*range(ADDRESS, ADDRESS + 5))
 # From one vector per thread up to the most, with few rows and with many.
 ROWS_TO_SCAN = ((1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 65536))
@@ -58,9 +60,9 @@ def record(calls):
         made.append(Recorded(kernel.file, kernel.name, kernel.constants, block, arguments))
         return mock.Mock()
 
-    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch),
-               (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
-               (tiles, "multiprocessors", lambda _: 132))  # fmt: skip
+    patches = ((compiler, "kernel", FakeKernel), (compiler, "since_hopper", lambda device: device == HOPPER),
+               (launches, "Launch", launch), (sm90, "Launch", launch), (mma, "Launch", launch),
+               (sm90, "tensor_map", lambda *_: (0,) * 16), (tiles, "multiprocessors", lambda _: 132))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
@@ -78,21 +80,21 @@ def matrix(dtype, cols, aligned):
     return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
 
 
-def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False):
+def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, device=HOPPER):
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     return lambda: launches.quantize(
-        0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
+        device, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
         weighted=weighted, scale=scale, fresh=fresh,
     )  # fmt: skip
 
 
-def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024):
+def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024, device=HOPPER):
     x, out = matrix(dtype, 2 * cols, aligned[0]), matrix("uint8", cols, aligned[1])
     w_scale = WeightScale(ADDRESS, 2 * cols, cols, per_channel=per_channel)
     return lambda: launches.activation_quantize(
-        0, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
-        bias=Bias(ADDRESS, bias), row_experts=ADDRESS, scale=RowScale(value=0.5),
+        device, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
+        bias=Bias(ADDRESS * (bias != "None"), bias), row_experts=ADDRESS, scale=RowScale(value=0.5),
     )  # fmt: skip
 
 
@@ -124,15 +126,16 @@ def calls():
     ]
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
-    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
+    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True, device=device)
+             for r, c in ROWS_TO_SCAN for device in (HOPPER, OLDER)]  # fmt: skip
     made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
     ]
     made += [
-        activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c)
-        for i, (r, c) in enumerate(ROWS_TO_SCAN)
+        activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c, device=device)
+        for i, (r, c) in enumerate(ROWS_TO_SCAN) for device in (HOPPER, OLDER)
     ]
     made += [
         combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2))
@@ -169,12 +172,14 @@ for _launch in RECORDED:
 TYPES = {"Half", "Bfloat16", "float"}
 VALUES = {
     "quantize.cu": {
-        "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "IN_ALIGNED": {True, False},
-        "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "FRESH": {True, False},
+        "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "CLUSTER": {1, 2, 4, 8},
+        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False},
+        "PER_EXPERT": {True, False}, "FRESH": {True, False},
     },
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")), "VECS": {1, 2, 4, 8},
-        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
+        "ROWS": {1, 2}, "CLUSTER": {1, 2, 4, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
+        "PER_CHANNEL": {True, False},
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
@@ -182,7 +187,7 @@ VALUES = {
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES},
-        "STAGES": {tile.stages for tile in sm90.TILES},
+        "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "PER_CHANNEL": {True, False},
     },
@@ -213,7 +218,7 @@ def test_every_kernel_is_launched():
     declared = {
         (file, name)
         for file in kernels_cu.names()
-        for name in re.findall(r'__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(', kernels_cu.source(file))
+        for name in re.findall(rf"__global__ void {compiler._ATTRIBUTES}(\w+)\(", kernels_cu.source(file))
     }
     assert declared == {(launch.file, launch.name) for launch in RECORDED}
     assert {act.upper() for act in ACTIVATIONS} == set(enum("Act"))
@@ -233,15 +238,30 @@ def test_arguments_are_the_kernels_parameters(name):
                     assert kind(value).value == (value or None if kind is ctypes.c_void_p else value), argument
 
 
+@pytest.mark.parametrize("most", [256, 512])
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("rows", [1, 5000])
-def test_blocks_of_whole_rows(rows):
+def test_blocks_of_whole_rows(rows, clusters, most):
     """They have every column, in at most as many threads as a block can have."""
     for cols in range(1, 70000, 7):
-        stretches, threads, per_thread = launches._grid(rows, cols, whole_rows=True)
-        assert stretches == 1
-        assert threads % 32 == 0
-        assert threads * per_thread * launches.VECTOR >= cols
-        assert threads <= launches.MAX_ROW_THREADS, f"{cols} columns"
+        grid = grids.whole_rows(rows, cols, clusters=clusters, most=most)
+        assert grid.stretches == grid.cluster <= (grids.MAX_CLUSTER if clusters else 1)
+        assert grid.threads % 32 == 0
+        assert grid.stretches * grid.threads * grid.per_thread * grids.VECTOR >= cols
+        assert grids.MAX_CLUSTER <= grid.threads <= most, f"{cols} columns"
+        assert not clusters or grid.per_thread <= 5
+
+
+@pytest.mark.parametrize("rows", [1, 300, 2**31 - 1])
+def test_blocks_of_words(rows):
+    """They have every word of every row; rows of one word fill the blocks."""
+    for words in (*range(1, 3000), 2**31 - 1):
+        (x, y), threads = grids.words(rows, words)
+        of_block = grids.STRETCH_THREADS // threads
+        assert threads * of_block == grids.STRETCH_THREADS
+        assert x * of_block >= rows > (x - 1) * of_block
+        assert y * threads * grids.WORDS_IN_FLIGHT >= words or y == grids.MAX_GRID_Y
+        assert words > 4 or threads == y == 1
 
 
 def test_wrong_arguments_of_a_launch():
@@ -299,6 +319,8 @@ def architectures_of(file, constants):
     """Those that a variant is for."""
     if file in compiler.TARGETS:
         return [compiler.TARGETS[file]]
+    if constants.get("CLUSTER", 1) > 1:
+        return [arch for arch in compiler.ARCHITECTURES if arch not in ("sm_80", "sm_86", "sm_89")]
     if file == "gemm_mma.cu":  # the tests force float16 on 9.0
         return [arch for arch in compiler.ARCHITECTURES if arch in MMA_ON[constants["FP8"]]]
     return compiler.ARCHITECTURES
@@ -318,8 +340,8 @@ def test_variant(compilers, file, constants):
         kernels = {found["name"]: found for found in PROPERTIES.finditer(log)}
         for name, threads in VARIANTS[file, constants].items():
             found = kernels[name]
-            # Elsewhere than in a GEMM ptxas may give up a value for occupancy; rows wider than 16384 columns may spill.
-            allowed = 0 if file.startswith("gemm_") else 8
+            # Elsewhere than in a GEMM ptxas may give up values for occupancy; rows wider than 16384 columns may spill.
+            allowed = 0 if file.startswith("gemm_") else 12
             if dict(constants).get("VECS", 1) <= 4:
                 assert max(int(found[kind]) for kind in ("stack", "stores", "loads")) <= allowed, f"{arch}: {log}"
             per_thread = -(-int(found["registers"]) // 8) * 8

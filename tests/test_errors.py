@@ -125,6 +125,7 @@ WRONG = [
     ("per_act_token", 1, TypeError, ("True or False", "got 1")),
     ("per_act_token", None, TypeError, ("True or False", "got None")),
     ("apply_router_weight_on_input", "no", TypeError, ("True or False", "got 'no'")),
+    ("batch_invariant", 1, TypeError, ("True or False", "got 1")),
     ("validate", 0, TypeError, ("True or False", "got 0")),
     ("workspace", 1 << 20, TypeError, ("cupy_moe.Workspace", "got int")),
     ("workspace", Workspace, TypeError, ("cupy_moe.Workspace", "got type")),
@@ -181,6 +182,20 @@ def test_one_expert_does_not_make_activation_scales_per_token():
 def test_backend_that_the_arrays_cannot_run_on(name):
     with pytest.raises(RuntimeError, match=rf"^backend: expected 'reference' or None with .* CPU; got '{name}'"):
         Experts(**layer_arguments(), backend=name)
+
+
+def test_batch_invariant_takes_no_dynamic_scale_per_tensor():
+    layer = layer_arguments() | {"batch_invariant": True}
+    parts = ("static scale", "per_act_token=True", "batch_invariant=True", "got None", "all tokens of the call")
+    for a1_scale in (None, 0.5):
+        assert_rejected(ValueError, "a2_scale", parts, Experts, **layer, a1_scale=a1_scale)
+    with_it, without = (Experts(**layer | {"batch_invariant": on}, per_act_token=True)._spec for on in (True, False))
+    assert with_it.without_arrays() != without.without_arrays(), "fused_experts finds its layers by this"
+    for a_scale in (0.5, floats(1), floats(E)):
+        Experts(**layer, a1_scale=a_scale, a2_scale=a_scale)
+        Experts(**layer, a2_scale=a_scale)  # fp8 hidden states may come with a scale
+    parts = ("None or one of", "'sm90'", "'reference'", "got 'cublaslt'", "order along K")
+    assert_rejected(ValueError, "backend", parts, Experts, **layer, per_act_token=True, backend="cublaslt")
 
 
 # method, its arguments, the argument that the message names, exception, what the message contains

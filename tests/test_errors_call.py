@@ -179,6 +179,21 @@ def test_a1_scale_of_a_call_belongs_to_fp8():
     assert_rejected(ValueError, "a1_scale", ("expected None", "float32", "got ndarray"), call, options)
 
 
+def test_batch_invariant_takes_no_dynamic_scale_per_tensor():
+    options = {"a2_scale": 0.5, "batch_invariant": True}
+    layer = Experts(**LAYER, **options)
+    parts = ("static scale", "per_act_token=True", "fp8 hidden_states", "batch_invariant=True", "got None")
+    assert_rejected(ValueError, "a1_scale", parts, layer, **CALL)
+    assert_rejected(ValueError, "a1_scale", parts, layer.batched, **PADDED)
+    assert_rejected(ValueError, "a1_scale", parts, fused, CALL | options)
+    assert_rejected(ValueError, "a2_scale", parts[:2], fused, CALL | options | {"a1_scale": 0.5, "a2_scale": None})
+    for scale in (0.5, floats(M, 1)):
+        assert layer(**CALL | {"hidden_states": FP8_HIDDEN}, a1_scale=scale).shape == (M, K)
+        assert fused(CALL | options | {"hidden_states": FP8_HIDDEN, "a1_scale": scale}).shape == (M, K)
+    for right in ({"a1_scale": 0.5}, {"per_act_token": True}, {"per_act_token": True, "a2_scale": None}):
+        assert fused(CALL | options | right).shape == (M, K)
+
+
 def test_out_has_the_dtype_asked_for():
     layer = Experts(**LAYER, out_dtype="float16")
     assert_rejected(TypeError, "out", ("expected float16;", "got float32"), layer, **CALL, out=floats(M, K))
@@ -204,6 +219,7 @@ FUSED_WRONG = [
     ("out_dtype", "double", ValueError, ("'float32'", "got 'double'")),
     ("backend", "cuda", ValueError, ("'cublaslt'", "got 'cuda'")),
     ("validate", 1, TypeError, ("True or False", "got 1")),
+    ("batch_invariant", "yes", TypeError, ("True or False", "got 'yes'")),
     ("per_act_token", "yes", TypeError, ("True or False", "got 'yes'")),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@
 | experts | `make_schedule` over several warps of experts, `Place.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
 | NaN | what shares a tile with a row or a weight of NaN |
-| ends, activations | `Channel`, `load_row_scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
+| ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
 | large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
 | random | all of this in changing company |
 | launches | the ring, `claims` and the early weights over 20,000 launches, one after another and with overlap |

@@ -55,7 +55,7 @@ def test_route_expert_map(tokens, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "uint8", "int64"])
-@pytest.mark.parametrize("cols", [1, 3, 24, 2048])
+@pytest.mark.parametrize("cols", [1, 3, 24, 2048, 5003])
 def test_shuffle_rows(dtype, cols, seed):
     random_bytes = np.random.default_rng(seed).integers(0, 256, (70, 8 * (cols + 5)), np.uint8)
     wide = cupy.asarray(random_bytes.view(DTYPES.get(dtype) or np.dtype(dtype)))

@@ -22,7 +22,7 @@ def cache(monkeypatch, tmp_path):
 
 # ---- tiles --------------------------------------------------------------------------------------------------------
 
-KERNELS = {"sm90": (sm90, 8, 256, 1024), "mma": (mma, 16, 128, 128)}
+KERNELS = {"sm90": (sm90, 8, 256, 256), "mma": (mma, 16, 128, 128)}
 """The module, what ROWS is a multiple of, the most of them, and experts that leave room for every stage."""
 both = pytest.mark.parametrize("name", KERNELS)
 
@@ -35,6 +35,9 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert multiple <= tile.rows <= most
         assert tile.shared_bytes(experts) <= kernel.SHARED_BYTES
         assert tile.fitting(experts) == tile
+    for tile in sm90.TILES:
+        assert tile.cluster in (1, 2)
+        assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
 
 
 @both
@@ -137,6 +140,27 @@ def test_choice_of_a_backend(status, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. cublaslt: gone\. mma: too old\."):
         backend.choose(0, None)
     assert backend.choose(0, "reference") == backend.choose(arrays.CPU, None) == "reference"
+
+
+def test_backends_for_batch_invariant(status, monkeypatch):
+    assert backend.choose(0, None, batch_invariant=True) == "sm90"
+    assert backend.choose(0, "reference", batch_invariant=True) == "reference"
+    assert backend.choose(arrays.CPU, None, batch_invariant=True) == "reference"
+    explained = backend.explain(0, "sm90", batch_invariant=True)
+    assert "cublaslt does not run: batch_invariant=True rules it out" in explained
+    assert "cublaslt is available" in backend.explain(0, "sm90")
+    allowed = r"^backend: expected None or one of 'sm90', .*'reference'; got 'cublaslt', but batch_invariant=True"
+    for device in (0, arrays.CPU):
+        with pytest.raises(ValueError, match=allowed):
+            backend.choose(device, "cublaslt", batch_invariant=True)
+    status |= dict.fromkeys(set(backend.NAMES) - {"cublaslt", "reference"}, "not here")
+    with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. .*cublaslt: batch_invariant=True"):
+        backend.choose(0, None, batch_invariant=True)
+    status["cublaslt"] = "gone"
+    assert "cublaslt does not run: gone" in backend.explain(0, "reference", batch_invariant=True)
+    monkeypatch.setenv(backend.ENVIRONMENT, "cublaslt")
+    with pytest.raises(ValueError, match=allowed):
+        backend.choose(0, None, batch_invariant=True)
 
 
 def test_backend_of_the_environment(status, monkeypatch):

@@ -71,9 +71,16 @@ def more_results(monkeypatch, tmp_path):
     large = [{**record, "M": 32 * record["M"]} for record in plain if record["M"] >= 32]
     save(summary.PREFILL, [*large, *({**record, "impl": "torch", "backend": "gemms"} for record in large)])
     save(summary.SWEEP, [{**record, "M": 3 * record["M"]} for record in plain if record["shape"][0] == 64])
-    steps = [{**record, "step": "route", "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M}
-             for record in plain[:1] for l2, M in (("warm", 64), ("cold", 1024))]  # fmt: skip
+    sizes = (("warm", 64, "route"), ("cold", 1024, "route_count"), ("cold", 1024, "route_place"))
+    steps = [{**record, "step": "route", "kernel": kernel, "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M,
+              "scheme": "none", "overlap": True, "us": 2.0}
+             for record in plain[:1] for l2, M, kernel in sizes]  # fmt: skip
     save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
+    ours = [record for record in plain if (record["impl"], record["scheme"]) == ("cupy_moe", "token")]
+    save(summary.INVARIANCE, [
+        {**record, "batch_invariant": option, "same_bits": True, "us": (1 + option / 100) * record["us"]}
+        for record in ours for option in (False, True)
+    ])  # fmt: skip
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
 
 
@@ -87,7 +94,11 @@ def test_report_of_everything(more_results):
     assert " us | other us | vLLM / cupy_moe | cold L2 | skewed routing | scales per token | floor us |" in more
     assert "torch (the two GEMMs alone) us" in more
     assert "## One layer with 1 to 16384 tokens" in more
-    assert "GB/s, 40 %" in more
+    assert "| route | route | none | 2.0 us, 1000 GB/s | - |" in more
+    assert "| route | route_place | none | - | 2.0 us, 1000 GB/s, 40 % |" in more
+    assert "starts while the one in front of it still runs, which is" in more
+    assert "a call takes 1.010 times as long as without it (geometric mean of 45 cells, from 1.010 to 1.010)" in more
+    assert "In 45 of 45 cells both have the same bits." in more
 
 
 def test_plots(more_results, tmp_path):

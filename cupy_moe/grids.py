@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the steps divide rows among blocks and threads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+VECTOR = 8
+"""Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
+MAX_ROW_THREADS = 512
+"""Threads of a block that holds a row in registers, as in ``common.cuh``."""
+MAX_CLUSTER = 8
+"""Blocks that hold a row together at most; every device with clusters has as many."""
+STRETCH_THREADS = 256
+"""Threads per block where a row may be cut into stretches."""
+WORDS_IN_FLIGHT = 4
+"""Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``."""
+MANY_ROWS = 1024
+"""Rows from which on every multiprocessor has several blocks."""
+MAX_GRID_Y = 65535
+
+
+class Grid(NamedTuple):
+    """Blocks that a row is cut into, threads that each has for it, vectors of a thread, and blocks of a cluster."""
+
+    stretches: int
+    threads: int
+    per_thread: int
+    cluster: int = 1
+
+
+def stretches(cols: int) -> Grid:
+    """Rows of ``cols`` columns, cut where it suits."""
+    vectors = -(-cols // VECTOR)
+    threads = min(STRETCH_THREADS, up(vectors, 32))
+    return Grid(-(-vectors // threads), threads, 1)
+
+
+def whole_rows(rows: int, cols: int, *, clusters: bool, most: int = MAX_ROW_THREADS) -> Grid:
+    """A block with up to ``most`` threads holds a row; if ``clusters``, several blocks hold a wide one."""
+    vectors = -(-cols // VECTOR)
+    cluster = min(1 << (-(-vectors // MAX_ROW_THREADS) - 1).bit_length(), MAX_CLUSTER) if clusters else 1
+    vectors = -(-vectors // cluster)
+    # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
+    at_least = -(-vectors // most)
+    per_thread = at_least
+    if rows >= MANY_ROWS:
+        choices = range(max(at_least, 2), max(at_least, 4) + 1)
+        per_thread = min(choices, key=lambda n: (up(vectors, 32 * n), -n))
+    return Grid(cluster, up(-(-vectors // per_thread), 32), per_thread, cluster)
+
+
+def words(rows: int, words_of_row: int) -> tuple[tuple[int, int], int]:
+    """Blocks, and the threads of each row, of a `shuffle_rows` with ``STRETCH_THREADS`` threads per block."""
+    needed = -(-words_of_row // WORDS_IN_FLIGHT)
+    threads = min(1 << (needed - 1).bit_length(), STRETCH_THREADS)
+    return (-(-rows // (STRETCH_THREADS // threads)), min(-(-needed // threads), MAX_GRID_Y)), threads
+
+
+def up(x: int, multiple: int) -> int:
+    """``x``, rounded up."""
+    return -(-x // multiple) * multiple
