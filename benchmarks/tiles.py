@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the layers of the benchmark with every tile of the backend sm90.
+"""Times the layers of the benchmark with every tile of the backend sm90 or mma.
 
-``python -m benchmarks.tiles --out FILE.json`` writes ``header`` and, for each layer and number of tokens M, the tiles
-with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform routing; both GEMMs
-take the same tile). It prints, for ranges of rows per expert, which tiles lose least against the best of each case:
-what `cupy_moe.sm90.PREFERRED` is made from.
+``python -m benchmarks.tiles [--backend mma] --out FILE.json`` writes ``header`` and, for each layer and number of
+tokens M, the tiles with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform
+routing; both GEMMs take the same tile). It prints, for ranges of rows per expert, which tiles lose least against the
+best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and `cupy_moe.mma` is made from.
 """
 
 from __future__ import annotations
@@ -17,33 +17,40 @@ from unittest import mock
 import cupy_moe
 from benchmarks import cases, timing
 from benchmarks.records import make_header, make_parser, save
-from cupy_moe import sm90
-from cupy_moe.sm90 import Tile
+from cupy_moe import mma, sm90
+from cupy_moe.tiles import Tile
 
+KERNELS = {"sm90": sm90, "mma": mma}
 TOKENS = (*cases.TOKENS, 1024, 2048, 4096)
 
 
-def time_tile(weights: cases.Weights, inputs: cases.Inputs, tile: Tile) -> float:
+def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: Tile) -> float:
     """Microseconds of a call whose GEMMs take ``tile``."""
-    with mock.patch.object(sm90, "tile_for", return_value=tile):
+    with mock.patch.object(KERNELS[backend], "tile_for", return_value=tile):
         experts = cupy_moe.Experts(
-            weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend="sm90"
+            weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend=backend
         )
         graph, _ = timing.capture(lambda: experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
         return timing.time_warm(graph.replay, hold=True).us
 
 
-def measure(shape: cases.Shape) -> list[dict[str, Any]]:
+def name_of(tile: dict[str, Any]) -> str:
+    """Rows, and blocks to a cluster where it is one."""
+    return f"{tile['rows']} x {tile['cluster']}" if tile.get("cluster", 1) > 1 else str(tile["rows"])
+
+
+def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
     """One record for each number of tokens, the fastest tile first."""
     weights, records = cases.make_weights(shape), []
     for tokens in TOKENS:
         inputs = cases.make_inputs(shape, tokens, weights=weights)
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
-        times = [(time_tile(weights, inputs, tile), tile) for tile in sm90.candidates(rows, shape[0])]
+        tiles = KERNELS[backend].candidates(rows, shape[0])
+        times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
         ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
         records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})
-        print(*shape, "M", tokens, "  ".join(f"{one['rows']}: {one['us']:.1f}" for one in ranked), flush=True)
+        print(*shape, "M", tokens, "  ".join(f"{name_of(one)}: {one['us']:.1f}" for one in ranked), flush=True)
     return records
 
 
@@ -53,20 +60,22 @@ def print_ranking(records: list[dict[str, Any]]) -> None:
     for record in records:
         groups.setdefault(round(math.log2(record["rows_per_expert"])), []).append(record)
     for power, group in sorted(groups.items()):
-        losses: dict[int, list[float]] = {}
+        losses: dict[str, list[float]] = {}
         for record in group:
             for one in record["tiles"]:
-                losses.setdefault(one["rows"], []).append(math.log(one["us"] / record["tiles"][0]["us"]))
-        means = {rows: math.exp(sum(of) / len(of)) for rows, of in losses.items() if len(of) == len(group)}
-        text = "  ".join(f"{rows} rows: {loss:.3f}" for rows, loss in sorted(means.items(), key=lambda item: item[1]))
+                losses.setdefault(name_of(one), []).append(math.log(one["us"] / record["tiles"][0]["us"]))
+        means = {name: math.exp(sum(of) / len(of)) for name, of in losses.items() if len(of) == len(group)}
+        text = "  ".join(f"{name} rows: {loss:.3f}" for name, loss in sorted(means.items(), key=lambda item: item[1]))
         print(f"about {1 << power:5d} rows per expert ({len(group)} cases): {text}")
 
 
 def main() -> int:
     """Run all layers."""
-    options = make_parser("benchmarks.tiles", __doc__).parse_args()
+    parser = make_parser("benchmarks.tiles", __doc__)
+    parser.add_argument("--backend", choices=KERNELS, default="sm90")
+    options = parser.parse_args()
     header = make_header("benchmarks.tiles", sys.argv[1:], out=options.out, commit=options.commit)
-    records = [record for shape in cases.SHAPES for record in measure(shape)]
+    records = [record for shape in cases.SHAPES for record in measure(options.backend, shape)]
     save(options.out, header, records)
     print_ranking(records)
     return 0

@@ -13,7 +13,7 @@ from cupy_moe import arrays, checks, cublaslt, e4m3
 
 ENVIRONMENT = "CUPY_MOE_BACKEND"
 """The environment variable with the backend to take where none is named."""
-NAMES = ("sm90", "cublaslt", "reference")
+NAMES = ("sm90", "cublaslt", "mma", "reference")
 """Backends, the preferred one first."""
 VARIES = {
     "cublaslt": "batch_invariant=True rules it out: its algorithms and the dtype of its product depend on the number "
@@ -21,8 +21,8 @@ VARIES = {
 }
 """Backends in which a row's product may depend on the other rows, and why; the others qualify for batch_invariant."""
 
-NVRTC_NEEDED = (12, 9)
-"""For sm_90a through CuPy."""
+NVRTC_NEEDED = {"sm90": (12, 9), "mma": (12, 4)}
+"""For sm_90a through CuPy, and for mma.sync with e4m3."""
 
 
 def backends(device: int | None = None) -> dict[str, str]:
@@ -33,7 +33,10 @@ def backends(device: int | None = None) -> dict[str, str]:
     device
         CUDA device number; None is CuPy's current one.
     """
-    problems = {"sm90": _sm90_problem(device), "cublaslt": _cublaslt_problem(device), "reference": None}
+    problems = {
+        "sm90": _own_problem("sm90", device), "cublaslt": _cublaslt_problem(device),
+        "mma": _own_problem("mma", device), "reference": None,
+    }
     return {name: problems[name] or "available" for name in NAMES}
 
 
@@ -107,18 +110,20 @@ def _device_problem(device: int | None) -> tuple[int, str | None]:
     return device, None
 
 
-def _sm90_problem(device: int | None) -> str | None:
+def _own_problem(name: str, device: int | None) -> str | None:
+    """Why the backend ``name``, a kernel of our own, cannot run."""
     device, problem = _device_problem(device)
     if problem:
         return problem
     import cupy
 
-    capability, version = capability_of(device), cupy.cuda.nvrtc.getVersion()
-    if capability != (9, 0):
-        return f"its kernels are for compute capability 9.0; cuda:{device} has {capability[0]}.{capability[1]}"
-    if version < NVRTC_NEEDED:
-        needed, came = (".".join(map(str, v)) for v in (NVRTC_NEEDED, version))
-        return f"its kernels need NVRTC {needed} or later; CuPy uses {came}; pip install 'cupy-moe[cu13]'"
+    capability, version, needed = capability_of(device), cupy.cuda.nvrtc.getVersion(), NVRTC_NEEDED[name]
+    runs, where = (capability == (9, 0), "9.0") if name == "sm90" else (capability >= (8, 0), "8.0 and later")
+    if not runs:
+        return f"its kernels are for compute capability {where}; cuda:{device} has {capability[0]}.{capability[1]}"
+    if version < needed:
+        least, came = (".".join(map(str, v)) for v in (needed, version))
+        return f"its kernels need NVRTC {least} or later; CuPy uses {came}; pip install 'cupy-moe[cu13]'"
     return None
 
 

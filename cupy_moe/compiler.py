@@ -20,9 +20,9 @@ from cupy_moe.driver import Kernel
 OPTIONS = ("--std=c++17",)
 TARGETS = {"gemm_sm90.cu": "sm_90a"}
 """Files that use instructions of one architecture alone, and that architecture."""
-HEADERS = {"gemm_sm90.cu": ("hopper.cuh", "schedule.cuh")}
+HEADERS = {"gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "ends.cuh"), "gemm_mma.cu": ("schedule.cuh", "ends.cuh")}
 """What a file needs beside ``common.cuh``; it may use the constants."""
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 """What the kernels are checked to compile for."""
 
 CUDA_TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float8_e4m3fn": "Fp8", "uint8": "Fp8"}

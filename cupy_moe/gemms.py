@@ -7,16 +7,17 @@ Each class takes a layer's codes ``x`` (rows, K) to GEMM 2's codes ``a`` (rows, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from cupy_moe import backend, e4m3, launches, sm90, tuning
+from cupy_moe import backend, e4m3, launches, mma, sm90, tuning
 from cupy_moe.buffers import Buffers, as_array
 from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import UNSCALED, Matrix, RowScale
-from cupy_moe.sm90 import End, Groups
+from cupy_moe.tiles import End, Groups
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
@@ -90,14 +91,16 @@ class CublasltGemms:
         return records
 
 
-class Sm90Gemms:
-    """The kernel of ``gemm_sm90.cu``: activation in the end of GEMM 1, and codes too where their scale is given."""
+class OwnGemms:
+    """A kernel of our own: activation in the end of GEMM 1, and codes too where their scale is given."""
+
+    kernel: ClassVar[ModuleType]  # what prepares it
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
         self._claims = dedicated((2, 2), np.int32)
-        self._w1 = sm90.Weights(w1, experts, layer.product, layer.hidden, paired=layer.spec.gated)
-        self._w2 = sm90.Weights(w2, experts, layer.hidden, layer.intermediate, paired=False)
+        self._w1 = self.kernel.Weights(w1, experts, layer.product, layer.hidden, paired=layer.spec.gated)
+        self._w2 = self.kernel.Weights(w2, experts, layer.hidden, layer.intermediate, paired=False)
         self.unit = e4m3.half_unit(layer.intermediate)
 
     def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
@@ -123,7 +126,7 @@ class Sm90Gemms:
         """The launches from ``x`` to ``a``, and the scale of ``a``."""
         mode, _, scale_out, result = a_scaling(layer, buffers)
         out, end = self._gemm1(layer, buffers, x_scale)
-        gemm = sm90.grouped_gemm(
+        gemm = self.kernel.grouped_gemm(
             layer.device, self._w1, buffers.x, shape.rows, self._groups(buffers, 0, shape.max_tokens), out, end
         )
         if mode == "STATIC":
@@ -135,7 +138,7 @@ class Sm90Gemms:
 
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
         """The launches from ``a`` to ``y``."""
-        return [sm90.grouped_gemm(
+        return [self.kernel.grouped_gemm(
             layer.device, self._w2, buffers.a, shape.rows,
             self._groups(buffers, 1, shape.max_tokens), buffers.y, End("PRODUCT", unit=self.unit),
         )]
@@ -149,12 +152,26 @@ class Sm90Gemms:
             groups = self._groups(buffers, i)
             tuning.fill_with_codes(as_array(operand, total))
             candidates: list[tuple[Record, Step]] = []
-            for tile in sm90.candidates(rows, weights.experts):
-                launch = sm90.grouped_gemm(layer.device, weights, operand, rows, groups, result, end, tile)
+            for tile in self.kernel.candidates(rows, weights.experts):
+                launch = self.kernel.grouped_gemm(layer.device, weights, operand, rows, groups, result, end, tile)
                 candidates.append((dict(tile._asdict()), launch))
-            records[sm90.key(layer.device, weights, rows)] = tuning.fastest(candidates, as_array(result, total))
+            records[self.kernel.key(layer.device, weights, rows)] = tuning.fastest(candidates, as_array(result, total))
         return records
 
 
-Gemms = CublasltGemms | Sm90Gemms
-BACKENDS: dict[str, type[CublasltGemms] | type[Sm90Gemms]] = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms}
+class Sm90Gemms(OwnGemms):
+    """The kernel of ``gemm_sm90.cu``."""
+
+    kernel: ClassVar[ModuleType] = sm90
+
+
+class MmaGemms(OwnGemms):
+    """The kernel of ``gemm_mma.cu``."""
+
+    kernel: ClassVar[ModuleType] = mma
+
+
+Gemms = CublasltGemms | OwnGemms
+BACKENDS: dict[str, type[CublasltGemms] | type[OwnGemms]] = {
+    "cublaslt": CublasltGemms, "sm90": Sm90Gemms, "mma": MmaGemms
+}

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One grouped product of CuPy arrays by itself, through either backend: what `grouped_gemm_fp8` calls."""
+"""One grouped product of CuPy arrays by itself, through any fast backend: what `grouped_gemm_fp8` calls."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_moe import backend as backend_choice
-from cupy_moe import e4m3, sm90
+from cupy_moe import e4m3, mma, sm90
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import Matrix
+from cupy_moe.tiles import End, Groups
 from cupy_moe.workspace import dedicated
 
 
@@ -30,32 +32,36 @@ def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: An
     Parameters
     ----------
     device, backend
-        The current device; "cublaslt" or "sm90".
+        The current device; "cublaslt", "sm90" or "mma".
     a, weights, expert_offsets
         CuPy: (rows, k) and (E, n, k) codes, (E + 1,) int32. Where n or k is no multiple of 16, copies are padded.
     choice
-        Which of the heuristic's algorithms runs.
+        Which of the algorithms of cuBLASLt's heuristic runs.
     """
     import cupy
 
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
     product = cupy.empty((len(a), n), cupy.float16)
-    run = {"cublaslt": _multiply_cublaslt, "sm90": _multiply_sm90}[backend]
-    run(device, a, weights, expert_offsets, product, choice)
+    if backend == "cublaslt":
+        _multiply_cublaslt(device, a, weights, expert_offsets, product, choice)
+    else:
+        _multiply_own({"sm90": sm90, "mma": mma}[backend], device, a, weights, expert_offsets, product)
     owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
     return Product(product, e4m3.half_unit(k), cupy.where(owners < experts, owners, -1).astype(cupy.int32))
 
 
-def _multiply_sm90(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, _: int) -> None:
+def _multiply_own(
+    kernel: ModuleType, device: int, a: Any, weights: Any, expert_offsets: Any, product: Any
+) -> None:
     import cupy
 
     (rows, k), (experts, n, _) = a.shape, weights.shape
     counts, claims = cupy.diff(expert_offsets), cupy.zeros(2, np.int32)
-    sm90.grouped_gemm(
-        device, sm90.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
-        sm90.Groups(expert_offsets.data.ptr, counts.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
-        sm90.End("PRODUCT", unit=e4m3.half_unit(k)),
+    kernel.grouped_gemm(
+        device, kernel.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
+        Groups(expert_offsets.data.ptr, counts.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
+        End("PRODUCT", unit=e4m3.half_unit(k)),
     )(int(cupy.cuda.get_current_stream().ptr))
 
 

@@ -24,6 +24,8 @@ constexpr int LANES = 32;
 [[maybe_unused]] constexpr int MAX_ROW_THREADS = 512;  // threads of a block that holds a row in registers
 constexpr u32 FULL_WARP = 0xffffffffu;
 
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
 // Waits until the kernel in front, and so everything before it, is done; then lets the next kernel start. Two rules make
 // chains of kernels safe. Every kernel calls this once. What it reads or writes before the call has to have been left

@@ -8,9 +8,7 @@
 // experts; a block takes the next one that is left, so that none waits for another. Where rows are many, two blocks form a
 // cluster and share them. docs/kernels.md has the pictures.
 //
-// The order of the weight rows in shared memory is that of the tensor map: each 16 rows of a fragment are
-//   GATED       8 gates, then the 8 ups of the same channels: a thread holds both sides of a product
-//   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
+// The order of the weight rows in shared memory, which ends.cuh gives, is that of the tensor map.
 //
 // Constants put in front of this text:
 //   ROWS        rows of activations per tile: N of wgmma
@@ -35,7 +33,6 @@ constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS 
 constexpr int HALF = (ROWS / 2 + 7) / 8 * 8, QUARTER = (ROWS / 4 + 7) / 8 * 8;  // multiples of 8, as N of wgmma has to be
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
-constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
 __device__ __forceinline__ int channel_tile(const Place& at) { return at.channel_tile * CLUSTER + rank(); }
@@ -65,94 +62,6 @@ __device__ __forceinline__ void multiply_add(float (&sum)[SUMS], const u8* weigh
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; ++i) sum[pass * (WIDTH / 2) + i] += part[i];
     }
-}
-
-// ---- ends -------------------------------------------------------------------------------------------------------
-struct Epilogue {
-    void* out;                 // (rows, pitch): Out or e4m3 codes
-    long long pitch;
-    int cols;                  // columns that exist; zeros up to out_cols if CODES
-    int out_cols;
-    float unit;                // PRODUCT: factor; else of the row scales
-    const float* x_scale;      // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
-    int x_scale_row_stride, x_scale_expert_stride;
-    const float* w_scale;      // [expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
-    int w_scale_stride, w_scale_up;
-    const Bias* bias;          // (experts, 2 * cols), or (experts, cols) if not gated
-    const float* scale_in;     // CODES: [expert * scale_expert_stride]; null: scale_value
-    float scale_value;
-    int scale_expert_stride;
-    float* partials;           // ACTIVATED: (PARTIALS,)
-};
-
-// Scale and bias of one weight row; up: of its second half. Zeros where there is no such row: so is what is activated.
-struct Channel {
-    float scale, shift;
-    __device__ __forceinline__ Channel(const Epilogue& end, int expert, int col, int up) : scale(0.0f), shift(0.0f) {
-        if (col >= end.cols) return;
-        scale = pick(end.w_scale, (long long)expert * end.w_scale_stride + up * end.w_scale_up + (PER_CHANNEL ? col : 0), 1.0f);
-        if constexpr (sizeof(Bias) > 1)
-            shift = to_float(end.bias[expert * (GATED ? 2 : 1) * (long long)end.cols + up * end.cols + col]);
-    }
-    __device__ __forceinline__ float of(float x, float row_scale) const { return fmaf(x, row_scale * scale, shift); }
-};
-
-// What the end of a tile needs from memory, loaded before the multiplication so that nothing waits for it afterwards.
-struct Scales {
-    float rows[(ROWS + LANES - 1) / LANES];  // row LANES * i + lane at i
-    Channel first, second;                   // of this thread's pair of channels
-    float code;                              // of CODES
-    __device__ __forceinline__ Scales(const Epilogue& end, const Place& at, int col)
-        : first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED),
-          code(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f) {
-        const float* from = end.x_scale ? end.x_scale + at.expert * end.x_scale_expert_stride : nullptr;
-#pragma unroll
-        for (int i = 0; i < (ROWS + LANES - 1) / LANES; ++i) {
-            const int within = LANES * i + threadIdx.x % LANES;
-            rows[i] = end.unit;
-            if (from && within < at.count) rows[i] *= from[(long long)(at.row + within) * end.x_scale_row_stride];
-        }
-    }
-};
-
-// A finished tile: sum[4 * j + 2 * h + i] is half h of this thread's pair of channels in row 8 * j + 2 * (lane % 4) + i.
-// Returns the largest finite magnitude if ACTIVATED.
-__device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales& scales, int col,
-                                        const float (&sum)[SUMS]) {
-    const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
-    float largest = 0.0f;
-    const Divisor divisor(scales.code);
-    constexpr int SIZE = END == PRODUCT ? sizeof(Out) : END == ACTIVATED ? sizeof(float) : 1;
-    u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
-    const u32 pitch = u32(end.pitch) * SIZE;
-#pragma unroll
-    for (int k = 0; k < ROWS / 4; ++k) {
-        // Rows that do not exist are calculated too: branches would keep the rows from overlapping.
-        const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
-        const bool exists = down < rows;
-        u8* const to = start + u64(pitch) * down;
-        const float a = sum[at_sum], b = sum[at_sum + 2];
-        if constexpr (END == PRODUCT) {
-            struct alignas(2 * sizeof(Out)) Two { Out a, b; } two;
-            from_float(a * end.unit, two.a);
-            from_float(b * end.unit, two.b);
-            if (exists) *reinterpret_cast<Two*>(to) = two;
-        } else {
-            const float row_scale = __shfl_sync(FULL_WARP, scales.rows[down / LANES], down % LANES + first_row);
-            const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
-            const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
-            if constexpr (END == ACTIVATED) {
-                if (exists) largest = fmaxf(largest, fmaxf(finite_magnitude(x), finite_magnitude(y)));
-                if (GATED && exists) *reinterpret_cast<float*>(to) = x;
-                if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
-            } else {
-                const u32 codes = encode_pair(divisor.divide(x), divisor.divide(y));
-                if (GATED && exists) *to = u8(codes);
-                if (!GATED && exists) *reinterpret_cast<u16*>(to) = u16(codes);
-            }
-        }
-    }
-    return largest;
 }
 
 // ---- the two roles ----------------------------------------------------------------------------------------------
@@ -244,7 +153,7 @@ __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups,
         at.seek(tile);
         const int pair = channel_tile(at) * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
         const int col = GATED ? pair : 2 * pair;
-        const Scales scales(end, at, col);
+        const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
         // The last tile of an expert may have few rows.
         if (at.count > HALF) multiply_tile<ROWS>(sum, ring, slot, groups.steps);

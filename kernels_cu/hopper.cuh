@@ -5,7 +5,6 @@
 struct alignas(64) TensorMap { long long words[16]; };
 
 // ---- barriers and copies ----------------------------------------------------------------------------------------
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));

@@ -121,7 +121,7 @@ WRONG = [
     ("out_dtype", FP8, ValueError, (*FLOAT_NAMES, "float8_e4m3fn")),
     ("out_dtype", int, ValueError, (*FLOAT_NAMES, "int")),
     ("out_dtype", 3, ValueError, (*FLOAT_NAMES, "got 3")),
-    ("backend", "cutlass", ValueError, ("'sm90'", "'cublaslt'", "'reference'", "got 'cutlass'")),
+    ("backend", "cutlass", ValueError, ("'sm90'", "'cublaslt'", "'mma'", "'reference'", "got 'cutlass'")),
     ("per_act_token", 1, TypeError, ("True or False", "got 1")),
     ("per_act_token", None, TypeError, ("True or False", "got None")),
     ("apply_router_weight_on_input", "no", TypeError, ("True or False", "got 'no'")),
@@ -178,7 +178,7 @@ def test_one_expert_does_not_make_activation_scales_per_token():
     assert_rejected(ValueError, "a2_scale", ("(1,)", "got (7,)"), Experts, **one, a2_scale=floats(7))
 
 
-@pytest.mark.parametrize("name", ["sm90", "cublaslt"])
+@pytest.mark.parametrize("name", ["sm90", "cublaslt", "mma"])
 def test_backend_that_the_arrays_cannot_run_on(name):
     with pytest.raises(RuntimeError, match=rf"^backend: expected 'reference' or None with .* CPU; got '{name}'"):
         Experts(**layer_arguments(), backend=name)

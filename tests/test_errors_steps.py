@@ -132,7 +132,7 @@ WRONG = [
     ("grouped_gemm_fp8", {"bias": floats(8)}, "bias", ValueError, ("(4, 8)", "got (8,)")),
     ("grouped_gemm_fp8", {"out_dtype": None}, "out_dtype", ValueError, ("'bfloat16'", "got None")),
     ("grouped_gemm_fp8", {"out_dtype": "int8"}, "out_dtype", ValueError, ("'bfloat16'", "got 'int8'")),
-    ("grouped_gemm_fp8", {"backend": "mma"}, "backend", ValueError, ("'reference'", "got 'mma'")),
+    ("grouped_gemm_fp8", {"backend": "cutlass"}, "backend", ValueError, ("'reference'", "got 'cutlass'")),
     ("combine", {"x": ints(ROWS, C)}, "x", TypeError, (FLOATS, "got int32")),
     ("combine", {"x": floats(C, ROWS).T}, "x", ValueError, STRIDED),
     ("combine", {"src2dst_map": ints(ROWS)}, "src2dst_map", ValueError, ("(M, topk)", "got (12,)")),

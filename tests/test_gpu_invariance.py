@@ -24,7 +24,7 @@ from test_gpu_graphs import capture, replay
 from tuning_choices import choices, chosen, store_other_choices
 
 import cupy_moe
-from cupy_moe import Experts, backend, fused_experts, sm90, tuning
+from cupy_moe import Experts, backend, fused_experts, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -123,12 +123,11 @@ def test_any_variant(name, case, seed):
     shape, _, options = CASES[case]
     made, tokens = Case(seed, name, shape, **options), 222
     rows = tokens * shape[1]
-    keys, default = choices(made.experts, rows).tuning_keys(), chosen(made.experts, rows)
-    if name == "sm90":
-        for tile in sm90.TILES:
-            tuning.CACHE.store({key: dict(tile._asdict()) for key in keys})
-            assert chosen(made.experts, rows) == [tuple(tile)] * 2
-            made.check(tokens)
+    own, default = choices(made.experts, rows), chosen(made.experts, rows)
+    for tile in own.kernel.TILES:
+        tuning.CACHE.store({key: dict(tile._asdict()) for key in own.tuning_keys()})
+        assert chosen(made.experts, rows) == [tuple(tile)] * 2
+        made.check(tokens)
     assert store_other_choices(made.experts, rows) != default
     made.check(tokens)
     made.experts.tune(tokens, topk=shape[1])
@@ -208,7 +207,7 @@ def test_another_order_along_the_sums_is_found(name, seed):
     made = Case(seed, name, per_act_token=True)
     num_experts, _, hidden, inner = made.shape
     w1, w2 = made.layer["w1"].reshape(num_experts, 2, inner, hidden), made.layer["w2"]
-    # by 48: other columns share an instruction, which adds 32 of them
+    # by 48: other columns share an instruction, which adds 16 or 32 of them
     turned = {"w1": cupy.roll(w1, 48, axis=2).reshape(made.layer["w1"].shape), "w2": cupy.roll(w2, 48, axis=2)}
     experts = Experts(**{**made.layer, **turned}, backend=name, batch_invariant=True, workspace=WORKSPACE)
     got = made.one_by_one(experts, made.mine)

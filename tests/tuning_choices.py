@@ -5,7 +5,7 @@ A choice is one GEMM's; each list has that of GEMM 1, then that of GEMM 2.
 """
 
 import cupy_moe
-from cupy_moe import sm90, tuning
+from cupy_moe import mma, sm90, tuning
 from cupy_moe.buffers import Buffers
 from cupy_moe.grouped_gemm import Choice
 
@@ -39,32 +39,31 @@ class Cublaslt:
         return record["tile"], record["option"]
 
 
-class Sm90:
-    """A choice is a tile."""
+class Own:
+    """A choice is a tile of a kernel of our own."""
 
-    fields = sm90.Tile._fields
-    library = f"sm90 {cupy_moe.__version__}"
-
-    def __init__(self, layer, rows):
-        self.rows, self.weights = rows, (layer.gemms._w1, layer.gemms._w2)
+    def __init__(self, layer, rows, kernel, name):
+        self.rows, self.weights, self.kernel = rows, (layer.gemms._w1, layer.gemms._w2), kernel
+        self.fields, self.library = kernel.Tile._fields, f"{name} {cupy_moe.__version__}"
 
     def tuning_keys(self):
-        return [sm90.key(0, weights, self.rows) for weights in self.weights]
+        return [self.kernel.key(0, weights, self.rows) for weights in self.weights]
 
     def chosen(self):
-        return [tuple(sm90.tile_for(0, weights, self.rows)) for weights in self.weights]
+        return [tuple(self.kernel.tile_for(0, weights, self.rows)) for weights in self.weights]
 
     def others(self):
-        return [next(tile for tile in sm90.TILES if tile != now)._asdict() for now in self.chosen()]
+        return [next(tile for tile in self.kernel.TILES if tile != now)._asdict() for now in self.chosen()]
 
-    @staticmethod
-    def choice(record):
-        return tuple(record[name] for name in sm90.Tile._fields)
+    def choice(self, record):
+        return tuple(record[name] for name in self.fields)
 
 
 def choices(experts, rows):
     """What the backend of a layer chooses for ``rows`` rows, and under which keys."""
-    return {"cublaslt": Cublaslt, "sm90": Sm90}[experts.backend](experts._layer, rows)
+    if experts.backend == "cublaslt":
+        return Cublaslt(experts._layer, rows)
+    return Own(experts._layer, rows, {"sm90": sm90, "mma": mma}[experts.backend], experts.backend)
 
 
 def chosen(experts, rows):

@@ -1,22 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases for the grouped GEMM of ``gemm_sm90.cu`` alone: operands, launch, exact result, comparison.
+"""Cases for the grouped GEMMs of our own alone: what there is to run, operands, launch, exact result, comparison.
 
 Rows that belong to no expert hold NaN, and so does every output before the launch.
 """
 
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from gpu_cases import CODE_STD, cupy, host, normal, poison, random_codes, relative_error, same_bits, weight_scale
 
-from cupy_moe import e4m3, sm90
+from cupy_moe import backend, e4m3, mma, sm90
 from cupy_moe.activations import ACTIVATIONS, activate
 from cupy_moe.launches import NO_BIAS, PARTIALS, UNSCALED, Bias, Matrix, RowScale, WeightScale
+from cupy_moe.tiles import End, Groups
 
 LIMITS = {"float32": 3e-4, "float16": 4e-4, "activated": 1e-3}
 """Relative Frobenius error; the rounding to float16 adds its own, and a square doubles it."""
 FEW = 1000
 """Of fewer results than this the error is a matter of luck: three times as much may be."""
+
+
+KERNELS = {"sm90": (sm90, {}), "mma fp8": (mma, {"fp8": True}), "mma float16": (mma, {"fp8": False})}
+"""What prepares each kernel, and the options of that."""
+
+
+class Variant(NamedTuple):
+    """A kernel and one of its tiles."""
+
+    kernel: str
+    tile: Any
+
+    def __str__(self):
+        return f"{self.kernel} {'x'.join(map(str, self.tile))}"
+
+    @property
+    def rows(self):
+        return self.tile.rows
+
+
+TILES = {name: [Variant(name, tile) for tile in module.TILES] for name, (module, _) in KERNELS.items()}
+ALL = [tile for tiles in TILES.values() for tile in tiles]
+
+
+def problem(kernel):
+    """Why a kernel cannot run here, or None."""
+    name = kernel.split()[0]
+    status = backend.backends(0)[name]
+    if status != "available":
+        return f"{name}: {status}"
+    if kernel == "mma fp8" and backend.capability_of(0) < mma.FP8_CAPABILITY:
+        return "mma with fp8 needs compute capability 8.9"
+    return None
 
 
 def edges(tile):
@@ -26,9 +61,9 @@ def edges(tile):
     return sorted({0, 1, 7, 8, 9, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
 
 
-def all_edges():
-    """Those of every tile, each an expert, with empty experts between."""
-    counts = sorted(set().union(*map(edges, sm90.TILES)))
+def all_edges(kernel):
+    """Those of every tile of a kernel, each an expert, with empty experts between."""
+    counts = sorted(set().union(*map(edges, TILES[kernel])))
     counts += [0] * len(counts)
     return np.random.default_rng(0).permutation(counts)
 
@@ -65,13 +100,14 @@ class Case:
         return cupy.concatenate(parts)
 
     def launch(self, out, end, tile, *, paired=False):
-        weights = sm90.Weights(self.w.data.ptr, self.experts, self.n, self.k, paired=paired)
-        groups = sm90.Groups(
+        module, options = KERNELS[tile.kernel]
+        weights = module.Weights(self.w.data.ptr, self.experts, self.n, self.k, paired=paired)
+        groups = Groups(
             self.offsets.data.ptr, self.device_counts.data.ptr, self.claims.data.ptr, self.max_tokens
         )
         x = Matrix(self.x.data.ptr, self.k, "uint8")
         to = Matrix(out.data.ptr, out.shape[1], out.dtype.name)
-        return sm90.grouped_gemm(0, weights, x, len(self.x), groups, to, end, tile)
+        return module.grouped_gemm(0, weights, x, len(self.x), groups, to, end, tile.tile, **options)
 
     def run(self, dtype, cols, end, tile, **options):
         """The rows that belong to experts, of a result with ``cols`` columns."""
@@ -84,7 +120,7 @@ class Case:
     def product(self, tile, dtype="float32"):
         """The product in the unit that the layer takes, and what it stands for."""
         unit = 1.0 if dtype == "float32" else e4m3.half_unit(self.k)
-        got = self.run(dtype, self.n, sm90.End("PRODUCT", unit=unit), tile)
+        got = self.run(dtype, self.n, End("PRODUCT", unit=unit), tile)
         return got, got.astype(np.float64) * unit
 
 
@@ -118,7 +154,7 @@ class Layer(Case):
             "one": RowScale(address), "number": RowScale(value=float(self.x_scale[0])),
         }[self.x_kind]
         bias = NO_BIAS if self.bias is None else Bias(self.bias.data.ptr, self.bias.dtype.name)
-        return sm90.End(
+        return End(
             kind, self.act, self.cols, x_scale=x_scale, w_scale=w_scale, bias=bias, scale=scale,
             partials=self.partials.data.ptr,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's part of the backend sm90, and how a backend is chosen, without a GPU."""
+"""The host's part of the backends sm90 and mma, and how a backend is chosen, without a GPU."""
 
 import sys
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 
-from cupy_moe import arrays, backend, sm90, tuning
-from cupy_moe.sm90 import PREFERRED, TILES, Weights
+from cupy_moe import arrays, backend, mma, sm90, tuning
+from cupy_moe.sm90 import Weights
 from cupy_moe.tuning import Cache
 
 
@@ -22,57 +22,73 @@ def cache(monkeypatch, tmp_path):
 
 # ---- tiles --------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_tiles_are_what_the_kernel_can_do(tile):
-    assert tile.rows % 8 == 0, "N of wgmma, in whole groups of the swizzle"
-    assert 8 <= tile.rows <= 256
-    assert tile.shared_bytes(256) <= sm90.SHARED_BYTES
-    assert tile.fitting(256) == tile
-    assert tile.cluster in (1, 2)
-    assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
+KERNELS = {"sm90": (sm90, 8, 256, 256), "mma": (mma, 16, 128, 128)}
+"""The module, what ROWS is a multiple of, the most of them, and experts that leave room for every stage."""
+both = pytest.mark.parametrize("name", KERNELS)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_many_experts_leave_room_for_fewer_stages(tile):
-    for experts in (2000, 4000, 8000):
+@both
+def test_tiles_are_what_the_kernel_can_do(name):
+    kernel, multiple, most, experts = KERNELS[name]
+    for tile in kernel.TILES:
+        assert tile.rows % multiple == 0
+        assert multiple <= tile.rows <= most
+        assert tile.shared_bytes(experts) <= kernel.SHARED_BYTES
+        assert tile.fitting(experts) == tile
+    for tile in sm90.TILES:
+        assert tile.cluster in (1, 2)
+        assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
+
+
+@both
+@pytest.mark.parametrize("experts", [256, 2000, 3000])
+def test_many_experts_leave_room_for_fewer_stages(name, experts):
+    kernel = KERNELS[name][0]
+    for tile in kernel.TILES:
         fitting = tile.fitting(experts)
         assert fitting.rows == tile.rows
         assert 2 <= fitting.stages <= tile.stages
-        assert fitting.shared_bytes(experts) <= sm90.SHARED_BYTES
+        assert fitting.shared_bytes(experts) <= kernel.SHARED_BYTES or fitting.stages == 2
         more = fitting._replace(stages=fitting.stages + 1)
-        assert fitting.stages == tile.stages or more.shared_bytes(experts) > sm90.SHARED_BYTES
+        assert fitting.stages == tile.stages or more.shared_bytes(experts) > kernel.SHARED_BYTES
 
 
-def test_tiles_are_told_apart():
-    assert len(set(TILES)) == len(TILES)
-    assert [entry.below for entry in PREFERRED] == sorted(entry.below for entry in PREFERRED)
-    assert PREFERRED[-1].below == float("inf")
+@both
+def test_tiles_are_told_apart(name):
+    kernel = KERNELS[name][0]
+    assert len(set(kernel.TILES)) == len(kernel.TILES)
+    assert [entry.below for entry in kernel.PREFERRED] == sorted(entry.below for entry in kernel.PREFERRED)
+    assert kernel.PREFERRED[-1].below == float("inf")
 
 
+@both
 @pytest.mark.parametrize("experts", [1, 8, 256])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000, 100_000])
-def test_candidates(rows, experts):
-    default, *others = sm90.candidates(rows, experts)
+def test_candidates(rows, experts, name):
+    kernel = KERNELS[name][0]
+    default, *others = kernel.candidates(rows, experts)
     average = rows / max(min(rows, experts), 1)
-    assert default == next(entry.tile for entry in PREFERRED if average < entry.below)
-    assert set(others) <= set(TILES) - {default}
+    assert default == next(entry.tile for entry in kernel.PREFERRED if average < entry.below)
+    assert set(others) <= set(kernel.TILES) - {default}
 
 
-def test_tile_that_tuning_has_found(cache, monkeypatch):
+@both
+def test_tile_that_tuning_has_found(cache, monkeypatch, name):
+    kernel = KERNELS[name][0]
     monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
-    weights = Weights(0, 8, 64, 128, paired=False)
-    default = sm90.tile_for(0, weights, 100)
-    assert default == sm90.candidates(100, 8)[0]
-    other = next(tile for tile in TILES if tile != default)
-    key = sm90.key(0, weights, 100)
+    weights = kernel.Weights(0, 8, 64, 128, paired=False)
+    default = kernel.tile_for(0, weights, 100)
+    assert default == kernel.candidates(100, 8)[0]
+    other = next(tile for tile in kernel.TILES if tile != default)
+    key = kernel.key(0, weights, 100)
+    assert key.startswith(f"{name} ")
     assert key.endswith(" | a device | 8 x 64 x 128 | 128 rows")
     cache.store({key: {**other._asdict(), "us": 1.0, "default_us": 2.0}})
-    assert sm90.tile_for(0, weights, 100) == sm90.tile_for(0, weights, 65) == other
-    assert sm90.tile_for(0, weights, 129) == sm90.candidates(129, 8)[0], "another power of two"
+    assert kernel.tile_for(0, weights, 100) == kernel.tile_for(0, weights, 65) == other
+    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, 8)[0], "another power of two"
     for foreign in ({}, {"average": 8, "tile": 13, "option": 1}, {**other._asdict(), "rows": 13}):
         cache.store({key: foreign})
-        assert sm90.tile_for(0, weights, 100) == default, "not a tile there is"
+        assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -119,7 +135,9 @@ def test_choice_of_a_backend(status, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^backend: 'sm90' is not available on cuda:0: not here$"):
         backend.choose(0, "sm90")
     status["cublaslt"] = "gone"
-    with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. cublaslt: gone\."):
+    assert backend.choose(0, None) == "mma"
+    status["mma"] = "too old"
+    with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. cublaslt: gone\. mma: too old\."):
         backend.choose(0, None)
     assert backend.choose(0, "reference") == backend.choose(arrays.CPU, None) == "reference"
 
@@ -156,21 +174,25 @@ def test_backend_of_the_environment(status, monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT, "")
     assert backend.choose(0, None) == "sm90"
     monkeypatch.setenv(backend.ENVIRONMENT, "cutlass")
-    with pytest.raises(ValueError, match=r"^backend: .*'sm90', 'cublaslt'.*got 'cutlass'"):
+    with pytest.raises(ValueError, match=r"^backend: .*'sm90', 'cublaslt', 'mma'.*got 'cutlass'"):
         backend.choose(0, None)
 
 
 @pytest.mark.parametrize(
-    ("capability", "nvrtc", "reason"),
-    [("90", (13, 0), None), ("90", (12, 9), None), ("90", (12, 8), "NVRTC 12.9 or later; CuPy uses 12.8"),
-     ("100", (13, 0), "compute capability 9.0; cuda:0 has 10.0"), ("89", (13, 0), "cuda:0 has 8.9")],
+    ("name", "capability", "nvrtc", "reason"),
+    [("sm90", "90", (13, 0), None), ("sm90", "90", (12, 9), None),
+     ("sm90", "90", (12, 8), "NVRTC 12.9 or later; CuPy uses 12.8"),
+     ("sm90", "100", (13, 0), "compute capability 9.0; cuda:0 has 10.0"), ("sm90", "89", (13, 0), "cuda:0 has 8.9"),
+     ("mma", "80", (12, 4), None), ("mma", "90", (13, 0), None), ("mma", "120", (13, 0), None),
+     ("mma", "75", (13, 0), "compute capability 8.0 and later; cuda:0 has 7.5"),
+     ("mma", "89", (12, 3), "NVRTC 12.4 or later; CuPy uses 12.3")],
 )  # fmt: skip
-def test_where_sm90_runs(monkeypatch, capability, nvrtc, reason):
+def test_where_a_kernel_of_our_own_runs(monkeypatch, name, capability, nvrtc, reason):
     device = SimpleNamespace(compute_capability=capability)
     runtime = SimpleNamespace(CUDARuntimeError=RuntimeError, getDevice=lambda: 0)
     cuda = SimpleNamespace(
         runtime=runtime, Device=lambda number: device, nvrtc=SimpleNamespace(getVersion=lambda: nvrtc)
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    problem = backend._sm90_problem(0)
+    problem = backend._own_problem(name, 0)
     assert problem is None if reason is None else reason in problem

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grouped GEMM of ``gemm_sm90.cu`` alone, for every tile and end, against exact products.
+"""The grouped GEMMs of our own alone, for every kernel, tile and end, against exact products.
+
+``mma`` is two kernels here: with fp8 in the tensor cores, and with float16 made of the codes.
 
 | test | what it reaches in the kernel |
 | --- | --- |
@@ -9,7 +11,7 @@
 | experts | `make_schedule` over several warps of experts, `Place.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
 | NaN | what shares a tile with a row or a weight of NaN |
-| ends, activations | `Channel`, `load_row_scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
+| ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
 | large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
 | random | all of this in changing company |
 | launches | the ring, `claims` and the early weights over 20,000 launches, one after another and with overlap |
@@ -20,56 +22,57 @@ import os
 import numpy as np
 import pytest
 from gpu_cases import W1_KINDS, cupy, free_device_memory, poison, same_bits
-from sm90_cases import Case, Layer, all_edges, assert_close, edges
+from own_gemm_cases import ALL, KERNELS, TILES, Case, Layer, all_edges, assert_close, edges, problem
 
-import cupy_moe
-from cupy_moe import e4m3, sm90
+from cupy_moe import e4m3
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.launches import RowScale
+from cupy_moe.tiles import End
 
 pytestmark = pytest.mark.gpu
 
 RANDOM_CASES, PARTS = int(os.environ.get("CUPY_MOE_RANDOM_CASES", "2000")), 20
 KINDS = {False: [kind for kind in W1_KINDS if kind != "(E, 2)"], True: W1_KINDS}
-DEEP = sorted({tile.stages * 128 + more for tile in sm90.TILES for more in (-16, 16)})
-TILE = sm90.TILES[1]
+DEEP = sorted({tile.tile.stages * 128 + more for tile in ALL for more in (-16, 16)})
 
 
 @pytest.fixture(autouse=True)
-def _needs_sm90():
-    status = cupy_moe.backends()["sm90"]
-    if status != "available":
-        pytest.skip(f"needs the backend sm90: {status}")
+def _needs_the_kernel(request):
+    given = request.node.callspec.params
+    reason = problem(given["kernel"] if "kernel" in given else given["tile"].kernel)
+    if reason:
+        pytest.skip(f"needs a kernel that is not available: {reason}")
 
 
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("n", [16, 48, 272])
 @pytest.mark.parametrize("k", sorted({16, 48, 128, 144, 1040, *DEEP}))
-def test_products(n, k, seed):
+def test_products(n, k, kernel, seed):
     """Every tile at once: the order along K is the same for all of them, so the bits are."""
-    case = Case(seed, all_edges(), n, k)
+    case = Case(seed, all_edges(kernel), n, k)
     want, first = case.exact(), None
-    for tile in sm90.TILES:
+    for tile in TILES[kernel]:
         got, _ = case.product(tile)
         assert_close(got, want, "float32", tile)
         first = got if first is None else first
-        assert same_bits(got, first), f"{tile} gives other bits than {sm90.TILES[0]}"
+        assert same_bits(got, first), f"{tile} gives other bits than {TILES[kernel][0]}"
 
 
-@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("tile", ALL, ids=str)
 def test_half_products(tile, seed):
     """They are the others, rounded once."""
     for n, k in ((48, 16), (272, 1040)):
-        case = Case(seed, all_edges(), n, k)
+        case = Case(seed, all_edges(tile.kernel), n, k)
         half, value = case.product(tile, "float16")
         assert_close(value, case.exact(), "float16", tile)
         scaled = case.product(tile)[0] * np.float32(1 / e4m3.half_unit(k))
         assert same_bits(half, scaled.astype(np.float16))
 
 
-@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("tile", ALL, ids=str)
 def test_experts(tile, seed):
     """From one expert to 256, with rows at few of them or at none."""
     rng = np.random.default_rng(seed)
@@ -83,7 +86,7 @@ def test_experts(tile, seed):
     assert_close(case.product(tile)[0], case.exact(), "float32", tile)
 
 
-@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("tile", ALL, ids=str)
 @pytest.mark.parametrize("counts", [(3, 0, 40, 1, 39, 17), (40,) * 6, (0,) * 6, (0, 0, 0, 0, 0, 1)], ids=str)
 def test_padded(counts, tile, seed):
     case = Case(seed, counts, 272, 144, max_tokens=40)
@@ -91,9 +94,10 @@ def test_padded(counts, tile, seed):
     Layer(seed, counts, 40, 144, max_tokens=40).check(tile, per_expert=True)
 
 
-def test_nan(seed):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan(kernel, seed):
     """A row of NaN reaches itself, weights of NaN their own column: whatever shares a tile stays as it was."""
-    for tile in sm90.TILES:
+    for tile in TILES[kernel]:
         case = Case(seed, [5, 0, 2 * tile.rows + 3], 48, 144)
         clean, _ = case.product(tile)
         case.x[7, 3], case.w[2, 5, 143], case.w[1] = 0x7F, 0xFF, 0xFF
@@ -107,44 +111,46 @@ def test_nan(seed):
 # ---- ends ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("tile", ALL, ids=str)
 def test_ends(tile, seed):
     """Activated values, their maximum and their codes at every row count; scales of every kind."""
     sizes = ((16, 16, "row", "(E,)"), (19, 272, "expert", "(E, 2)"), (272, 1040, "one", "(E, 1)"),
              (7, 48, "number", "(E, 1, 1)"))  # fmt: skip
     for cols, k, x_kind, kind in sizes:
-        Layer(seed, all_edges(), cols, k, kind=kind, x_kind=x_kind).check(tile, per_expert=cols % 16 > 0)
+        Layer(seed, all_edges(tile.kernel), cols, k, kind=kind, x_kind=x_kind).check(tile, per_expert=cols % 16 > 0)
     Layer(seed, [0] * 40, 16, 48).check(tile)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("i", range(len(ACTIVATIONS)), ids=list(ACTIVATIONS))
-def test_activations(i, seed):
-    act = list(ACTIVATIONS)[i]
+def test_activations(i, kernel, seed):
+    act, tile = list(ACTIVATIONS)[i], TILES[kernel][1]
     bias = ("float32", "float16", "bfloat16", None)[i % 4]
     kinds = KINDS[ACTIVATIONS[act].gated]
-    counts = edges(TILE)
+    counts = edges(tile)
     for cols in (16, 19, 40):  # with and without columns beyond, of which a pair may have one
         for kind in ("(E, n)", "(E, n, 1)") if i % 2 else [kind for kind in kinds if "n" not in kind]:
-            Layer(seed + cols, counts, cols, 512, act=act, kind=kind, bias=bias).check(TILE)
+            Layer(seed + cols, counts, cols, 512, act=act, kind=kind, bias=bias).check(tile)
 
 
 # ---- large --------------------------------------------------------------------------------------------------------
 
 
-def test_more_than_2_to_31_bytes_of_weights(seed):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_than_2_to_31_bytes_of_weights(kernel, seed):
     free_device_memory()
     counts = np.zeros(37, np.int32)
     counts[[0, 18, 36]] = 5, 17, 70
     case = Case(seed, counts, 8192, 8192)
     assert case.w.size > 2**31
     want = case.exact()
-    for tile in sm90.TILES:
+    for tile in TILES[kernel]:
         assert_close(case.product(tile)[0], want, "float32", tile)
     del case, want
     free_device_memory()
 
 
-@pytest.mark.parametrize("tile", sm90.TILES, ids=str)
+@pytest.mark.parametrize("tile", ALL, ids=str)
 def test_many_rows(tile, seed):
     counts = np.random.default_rng(seed).multinomial(100_000, [0.7, 0.1, 0, 0.1, 0.05, 0.05, 0, 0])
     case = Case(seed, counts, 48, 48)
@@ -155,9 +161,9 @@ def test_many_rows(tile, seed):
 # ---- random -------------------------------------------------------------------------------------------------------
 
 
-def check_random(seed):
+def check_random(kernel, seed):
     rng = np.random.default_rng(seed)
-    tile, padded = sm90.TILES[rng.integers(len(sm90.TILES))], rng.random() < 0.25
+    tile, padded = TILES[kernel][rng.integers(len(TILES[kernel]))], rng.random() < 0.25
     experts = round(2 ** rng.uniform(0, 4 if padded else 8))
     counts = np.zeros(experts, np.int32)
     busy = rng.permutation(experts)[: rng.integers(0, 9)]
@@ -178,32 +184,34 @@ def check_random(seed):
         assert_close(case.product(tile, end)[1], case.exact(), end, tile)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_random_cases(part):
-    """2,000 of them, or as many as CUPY_MOE_RANDOM_CASES says."""
+def test_random_cases(part, kernel):
+    """2,000 of them for each kernel, or as many as CUPY_MOE_RANDOM_CASES says."""
     for case in range(part, RANDOM_CASES, PARTS):
-        check_random(case)
+        check_random(kernel, case)
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("overlap", [False, True])
-def test_many_launches(overlap, seed):
+def test_many_launches(overlap, kernel, seed):
     """Two GEMMs, the second on the codes of the first, 10,000 times each without a pause; more tiles than blocks."""
-    counts = [20] * 12
+    counts, tile = [20] * 12, TILES[kernel][1]
     first = Layer(seed, counts, 256, 64)
     second = Case(seed + 9, counts, 2048, 256)
     codes, product = second.x, poison(cupy.empty((len(second.x), 2048), np.float16))
     launches = [
-        first.launch(codes, first.end("CODES", RowScale(value=0.01)), TILE, paired=True),
-        second.launch(product, sm90.End("PRODUCT", unit=e4m3.half_unit(256)), TILE),
+        first.launch(codes, first.end("CODES", RowScale(value=0.01)), tile, paired=True),
+        second.launch(product, End("PRODUCT", unit=e4m3.half_unit(256)), tile),
     ]
     stream = cupy.cuda.get_current_stream().ptr
     for launch in launches:
         launch(stream)
     want = product.copy()
-    assert_close(want[second.valid].astype(np.float64) * e4m3.half_unit(256), second.exact(), "float16", TILE)
+    assert_close(want[second.valid].astype(np.float64) * e4m3.half_unit(256), second.exact(), "float16", tile)
     if overlap:  # each finds its own tables and weights as they were: only the codes come from the launch in front
         launches = [launch.overlapping() for launch in launches]
     poison(product)

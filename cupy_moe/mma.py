@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grouped GEMM of ``gemm_mma.cu``: tile per number of rows, launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cupy_moe import backend, compiler, tiles
+from cupy_moe.driver import Launch
+from cupy_moe.launches import PARTIALS, Matrix
+from cupy_moe.tiles import End, Groups, Preference, Tiles, Weights
+
+CHANNELS, THREADS, STEP = 128, 256, 128
+"""Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_mma.cu``."""
+SHARED_BYTES = 99 << 10
+"""What a block can have of shared memory on every device: 8.6, 8.9 and 12.0 have the least."""
+FP8_CAPABILITY = (8, 9)
+"""From which compute capability on the tensor cores multiply e4m3."""
+
+
+class Tile(NamedTuple):
+    """What a block works on at a time: `CHANNELS` weight rows, ``rows`` rows of activations, in ``stages`` stages."""
+
+    rows: int
+    stages: int
+
+    def shared_bytes(self, experts: int) -> int:
+        """Dynamic shared memory of a block: the stages and the schedule."""
+        return self.stages * self._stage_bytes + _schedule_bytes(experts)
+
+    def fitting(self, experts: int) -> Tile:
+        """The tile with as many stages as the schedule of ``experts`` experts leaves room for."""
+        room = (SHARED_BYTES - _schedule_bytes(experts)) // self._stage_bytes
+        return self._replace(stages=max(2, min(self.stages, room)))
+
+    @property
+    def _stage_bytes(self) -> int:
+        return STEP * (CHANNELS + self.rows)
+
+
+def _schedule_bytes(experts: int) -> int:
+    return 16 * (experts + 1)
+
+
+PREFERRED = (
+    Preference(12, Tile(16, 5)),
+    Preference(28, Tile(32, 4)),
+    Preference(72, Tile(64, 4)),
+    Preference(float("inf"), Tile(96, 3)),
+)
+_CHOICE: Tiles[Tile] = Tiles("mma", PREFERRED)
+TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
+
+
+def grouped_gemm(
+    device: int, weights: Weights, x: Matrix, rows: int, groups: Groups, out: Matrix, end: End,
+    tile: Tile | None = None, *, fp8: bool | None = None,
+) -> Launch:
+    """The launch that multiplies ``rows`` rows (an upper bound) of codes ``x`` into ``out``.
+
+    ``fp8``: whether the tensor cores multiply the codes themselves or float16 made of them; None is what the device
+    can.
+    """
+    tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
+    kernel = compiler.kernel(
+        "gemm_mma.cu", "grouped_gemm_mma", device, ROWS=tile.rows, STAGES=tile.stages,
+        FP8=backend.capability_of(device) >= FP8_CAPABILITY if fp8 is None else fp8, **tiles.constants(end, out),
+    )
+    channel_tiles = -(-weights.n // CHANNELS)
+    most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles
+    return Launch(
+        kernel, (min(most, tiles.multiprocessors(device), PARTIALS), 1), THREADS,
+        shared_bytes=tile.shared_bytes(weights.experts),
+        operands={"weights": weights.pointer, "rows": x.pointer, "n": weights.n, "k": weights.k, "pitch": x.pitch},
+        groups=groups._asdict() | {
+            "experts": weights.experts, "channel_tiles": channel_tiles, "steps": -(-weights.k // STEP),
+        },
+        end=tiles.epilogue(end, out),
+    )

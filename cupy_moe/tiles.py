@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the grouped GEMMs of our own share: weights, groups and ends, and which of its tiles a kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from cupy_moe import compiler, tuning
+from cupy_moe._version import __version__
+from cupy_moe.launches import NO_BIAS, UNSCALED, UNSCALED_WEIGHT, Bias, Matrix, RowScale, WeightScale
+
+
+class Tile(Protocol):
+    """What a block works on at a time, a named tuple."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of activations."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+T = TypeVar("T", bound=Tile)
+
+
+class Preference(NamedTuple):
+    """A tile for a range of rows per expert."""
+
+    below: float  # rows per expert that can have any, on average
+    tile: Any
+
+
+class Tiles(Generic[T]):
+    """The tiles of a kernel: those that are ``preferred`` for some number of rows, and ``more`` that tuning tries.
+
+    Attributes
+    ----------
+    all : tuple
+        What tuning tries.
+    """
+
+    def __init__(self, backend: str, preferred: Sequence[Preference], more: Sequence[T] = ()) -> None:
+        self._backend, self._preferred = backend, preferred
+        self.all: tuple[T, ...] = (*(entry.tile for entry in preferred), *more)
+
+    def key(self, device: int, weights: Weights, rows: int) -> str:
+        """Under which `tuning` finds the tile for ``rows`` rows in all."""
+        shape = f"{weights.experts} x {weights.n} x {weights.k}"
+        return tuning.key(f"{self._backend} {__version__}", tuning.device_name(device), shape, rows=rows)
+
+    def candidates(self, rows: int, experts: int) -> list[T]:
+        """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
+        average = rows / max(min(rows, experts), 1)
+        default: T = next(entry.tile for entry in self._preferred if average < entry.below)
+        worth = [tile for tile in self.all if min(average / 4, 96) <= tile.rows <= max(32, 4 * average)]
+        return [default, *(tile for tile in worth if tile != default)]
+
+    def tile_for(self, device: int, weights: Weights, rows: int) -> T:
+        """What tuning has found for ``rows`` rows in all, or else the default."""
+        tuned = tuning.CACHE.find(self.key(device, weights, rows)) or {}
+        found = [tile for tile in self.all if tile._asdict().items() <= tuned.items()]
+        return (found or self.candidates(rows, weights.experts))[0]
+
+
+class Weights:
+    """Weights (experts, n, k) of codes at ``pointer``, n and k multiples of 16; ``paired``: gates, then ups."""
+
+    def __init__(self, pointer: int, experts: int, n: int, k: int, *, paired: bool) -> None:
+        self.pointer, self.experts, self.n, self.k, self.paired = pointer, experts, n, k, paired
+
+
+class Groups(NamedTuple):
+    """Where each expert's rows are: addresses of what routing writes, or ``max_tokens`` of the padded form."""
+
+    expert_offsets: int
+    expert_counts: int
+    claims: int  # two int32, 0 at first, that no other launch uses at the same time
+    max_tokens: int = 0
+
+
+class End(NamedTuple):
+    """What happens to a finished tile, and the arguments of that."""
+
+    kind: str  # PRODUCT | ACTIVATED | CODES
+    activation: str = "silu"
+    cols: int = 0  # columns of the result that exist; 0: all
+    unit: float = 1.0  # PRODUCT: what 1 in the result stands for
+    x_scale: RowScale = UNSCALED
+    w_scale: WeightScale = UNSCALED_WEIGHT
+    bias: Bias = NO_BIAS
+    scale: RowScale = UNSCALED  # of the CODES
+    partials: int = 0
+
+
+def constants(end: End, out: Matrix) -> dict[str, Any]:
+    """Those of ``ends.cuh``."""
+    out_type = out.dtype if end.kind == "PRODUCT" else "float32"  # the others know theirs
+    return {
+        "END": end.kind, "Out": compiler.CUDA_TYPES[out_type], "Bias": compiler.CUDA_TYPES.get(end.bias.dtype, "None"),
+        "ACT": end.activation.upper(), "PER_CHANNEL": end.w_scale.per_channel,
+    }
+
+
+def epilogue(end: End, out: Matrix) -> dict[str, Any]:
+    """``struct Epilogue`` of ``ends.cuh``."""
+    bare = end.kind == "PRODUCT"
+    return {
+        "out": out.pointer, "pitch": out.pitch, "cols": end.cols or out.pitch, "out_cols": out.pitch,
+        "unit": 1 / end.unit if bare else end.x_scale.times(1.0), "x_scale": end.x_scale.pointer,
+        "x_scale_row_stride": end.x_scale.row_stride, "x_scale_expert_stride": end.x_scale.expert_stride,
+        "w_scale": end.w_scale.pointer, "w_scale_stride": end.w_scale.stride, "w_scale_up": end.w_scale.up_offset,
+        "bias": end.bias.pointer, "scale_in": end.scale.pointer, "scale_value": end.scale.value,
+        "scale_expert_stride": end.scale.expert_stride, "partials": end.partials,
+    }
+
+
+def most_row_tiles(rows: int, tile_rows: int, experts: int) -> int:
+    """How many row tiles ``rows`` rows can have in all, however they are spread over the experts."""
+    return rows // tile_rows + min(rows, experts)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """How many the device has."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
