@@ -58,8 +58,9 @@ def record(calls):
         made.append(Recorded(kernel.file, kernel.name, kernel.constants, block, arguments))
         return mock.Mock()
 
-    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch), (mma, "Launch", launch),
-               (sm90, "tensor_map", lambda *_: (0,) * 16), (tiles, "multiprocessors", lambda _: 132))  # fmt: skip
+    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch),
+               (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
+               (tiles, "multiprocessors", lambda _: 132))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
