@@ -175,8 +175,7 @@ def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
 )  # fmt: skip
 def test_steps(build, scheme):
     case = step_cases.Case(SHAPE, 70, device="cpu")
-    patches = {"kernel": FakeKernel, "since_hopper": lambda device: True}
-    with mock.patch.multiple(compiler, **patches), mock.patch.object(launches, "Launch", launch):
+    with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch):
         step = build(case, scheme)
     behind_amax = scheme == "tensor" and build in (step_cases.quantize, step_cases.activation)
     assert len(step.launches) == len(step.moved) == (2 if behind_amax else 1)

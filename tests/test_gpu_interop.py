@@ -197,6 +197,7 @@ def test_cupy_current_stream(function, non_blocking, seed):
 
     stream, buffer = cupy.cuda.Stream(non_blocking=non_blocking), poison(cupy.empty_like(hidden))
     want = run(hidden)
+    cupy.cuda.Device().synchronize()  # a layer runs on one stream at a time
     with stream:
         run(hidden)  # compiles, allocates
     cupy.cuda.Device().synchronize()
@@ -214,6 +215,7 @@ def test_torch_current_stream(torch, seed):
     hidden, *call = (torch.from_dlpack(x) for x in (hidden, *call))
     stream, buffer = torch.cuda.Stream(), torch.full_like(hidden, float("nan"))
     want = experts(hidden, *call)
+    torch.cuda.synchronize()  # a layer runs on one stream at a time
     with torch.cuda.stream(stream):
         experts(hidden, *call)
     torch.cuda.synchronize()

@@ -24,7 +24,7 @@ from gpu_cases import (
     same_bits,
 )
 
-from cupy_moe import Experts, Workspace, fused_experts, reference
+from cupy_moe import Experts, Workspace, fused_experts, reference, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -122,6 +122,20 @@ def test_many_layers(seed):
     run(0, 200)
     before = footprint()
     run(200, 500)
+    assert_no_growth(before, footprint())
+
+
+def test_tuning(seed, monkeypatch, tmp_path):
+    """The memory of the variants that were tried is given back."""
+    monkeypatch.setenv(tuning.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(tuning, "CACHE", tuning.Cache())
+    experts = Experts(**make_layer(seed, 8, 1024, 512))
+    experts.tune([64, 512], topk=2)
+    cupy.get_default_memory_pool().free_all_blocks()
+    before = footprint()
+    for _ in range(3):
+        experts.tune([64, 512], topk=2)
+    cupy.get_default_memory_pool().free_all_blocks()
     assert_no_growth(before, footprint())
 
 
