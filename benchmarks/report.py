@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import accuracy
 from benchmarks.summary import (
+    EAGER,
     FIRST_CALL,
     INVARIANCE,
     PRECISION,
@@ -28,6 +29,7 @@ from benchmarks.summary import (
     load,
     mean,
     over_floor,
+    sources,
     speedups,
 )
 
@@ -98,7 +100,7 @@ def section() -> str:
 
 def remarks() -> list[str]:
     """Lines on the host's time, the accuracy and the first call."""
-    eager = [cell for key, cell in cells(TABLE, mode="eager").items() if key[4] <= 64]
+    eager = [cell for key, cell in cells(EAGER, mode="eager").items() if key[4] <= 64]
     host, theirs = ([cell[impl]["host_us"] for cell in eager] for impl in ("cupy_moe", "vllm"))
     warm = cells(TABLE).values()
     errors = [cell["cupy_moe"]["err"] for cell in warm]
@@ -152,10 +154,8 @@ def steps_table() -> list[str]:
     records = load(STEPS)["records"]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for record in records:
-        # Older records are of all kernels of a step together.
-        kernel = record["kernel"] if "kernel" in record else ", ".join(record["kernels"])
         share = f", {100 * record['of_copy']:.0f} %" if record["l2"] == "cold" else ""
-        row = rows.setdefault((record["step"], kernel, record["scheme"]), {})
+        row = rows.setdefault((record["step"], record["kernel"], record["scheme"]), {})
         row[_size(record)] = f"{record['us']:.1f} us, {record['bytes_s'] / 1e9:.0f} GB/s{share}"
     sizes = dict.fromkeys(map(_size, records))
     lines = [[*names, *(row.get(size, "-") for size in sizes)] for names, row in rows.items()]
@@ -191,8 +191,6 @@ def details() -> str:
     if steps["records"]:
         rates = steps["header"]["rates"]
         notes = ""
-        if any("kernels" in record for record in steps["records"]):
-            notes += " Where several kernels are named, time and bytes are those of all together."
         if any(record.get("overlap") for record in steps["records"]):
             notes += (
                 " A kernel that is part of a call starts while the one in front of it still runs, which is the same "
@@ -211,7 +209,9 @@ def details() -> str:
         lines += ["## Batch invariance", "", f"{kind} {cost}", ""]
     precision = load(PRECISION)["records"]
     if precision:
-        lines += accuracy.section(precision)
+        lines += [*accuracy.section(precision), ""]
+    rows = [[f"[{name}](../benchmarks/results/{name})", f"`{commit[:10]}`"] for name, commit in sources().items()]
+    lines += ["## What was measured when", "", *table(["results", "commit"], rows, texts=2)]
     return "\n".join(lines).rstrip()
 
 

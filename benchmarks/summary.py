@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TABLE, PREFILL, SWEEP = "table_h100.json", "prefill_h100.json", "sweep_h100.json"
+TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h100.json", "sweep_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
 
@@ -26,6 +26,11 @@ def load(name: str) -> dict[str, Any]:
     path = RESULTS / name
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"header": {}, "records": []}
     return content
+
+
+def sources() -> dict[str, str]:
+    """Each file of results to the commit that was measured."""
+    return {path.name: json.loads(path.read_text())["header"]["commit"] for path in sorted(RESULTS.glob("*.json"))}
 
 
 def digests(names: Iterable[str]) -> str:
