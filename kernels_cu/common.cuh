@@ -124,6 +124,7 @@ __device__ __forceinline__ float pick(const float* scales, long long index, floa
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 // fmaf wherever a product meets a sum: the compiler might fuse them in one variant of a kernel and not in another.
+
 // 1 / x to a unit in the last place.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;

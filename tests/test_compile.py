@@ -330,8 +330,9 @@ def test_variant(compilers, file, constants):
         kernels = {found["name"]: found for found in PROPERTIES.finditer(log)}
         for name, threads in VARIANTS[file, constants].items():
             found = kernels[name]
-            # Elsewhere than in a GEMM ptxas may give up values for occupancy; rows wider than 16384 columns may spill.
-            allowed = 0 if file.startswith("gemm_") else 8
+            # Neither on Hopper nor in a GEMM; elsewhere ptxas may give up a value for occupancy. Rows wider than 16384
+            # columns may spill.
+            allowed = 0 if arch == "sm_90a" or file.startswith("gemm_") else 8
             if dict(constants).get("VECS", 1) <= 4:
                 assert max(int(found[kind]) for kind in ("stack", "stores", "loads")) <= allowed, f"{arch}: {log}"
             per_thread = -(-int(found["registers"]) // 8) * 8
