@@ -117,6 +117,14 @@ __device__ __forceinline__ float finite_magnitude(float x) {
     return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;  // false for NaN too
 }
 
+// A running maximum of finite magnitudes in two instructions: their bits, so biased that those of infinity and NaN are
+// negative.
+constexpr int MAGNITUDE_BIAS = 0x00800000;
+__device__ __forceinline__ int max_biased(int largest, float x) {
+    return max(largest, int((__float_as_uint(x) & 0x7fffffffu) + MAGNITUDE_BIAS));
+}
+__device__ __forceinline__ float unbiased(int largest) { return __uint_as_float(max(largest - MAGNITUDE_BIAS, 0)); }
+
 // scales[index], or `value` where there are none.
 __device__ __forceinline__ float pick(const float* scales, long long index, float value) {
     return scales ? scales[index] : value;

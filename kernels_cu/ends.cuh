@@ -62,14 +62,14 @@ template <int COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
                                         const float (&sum)[COUNT / 2]) {
     const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
-    float largest = 0.0f;
+    int largest = 0;  // biased
     const Divisor divisor(scales.code);
     constexpr int SIZE = END == PRODUCT ? sizeof(Out) : END == ACTIVATED ? sizeof(float) : 1;
     u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
     const u32 pitch = u32(end.pitch) * SIZE;
 #pragma unroll
     for (int k = 0; k < COUNT / 4; ++k) {
-        // Rows that do not exist are calculated too: branches would keep the rows from overlapping.
+        // Rows that do not exist are calculated too, and what is not stored has no branch: all rows overlap.
         const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
         const bool exists = down < rows;
         u8* const to = start + u64(pitch) * down;
@@ -84,7 +84,10 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
             if constexpr (END == ACTIVATED) {
-                if (exists) largest = fmaxf(largest, fmaxf(finite_magnitude(x), finite_magnitude(y)));
+                if (exists) {
+                    largest = max_biased(largest, x);
+                    if (!GATED) largest = max_biased(largest, y);
+                }
                 if (GATED && exists) *reinterpret_cast<float*>(to) = x;
                 if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
             } else {
@@ -94,5 +97,5 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             }
         }
     }
-    return largest;
+    return unbiased(largest);
 }
