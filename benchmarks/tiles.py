@@ -35,8 +35,9 @@ def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: 
 
 
 def name_of(tile: dict[str, Any]) -> str:
-    """Rows, and blocks to a cluster where it is one."""
-    return f"{tile['rows']} x {tile['cluster']}" if tile.get("cluster", 1) > 1 else str(tile["rows"])
+    """Rows, blocks to a cluster where it is one, and the window."""
+    shared, added = (tile.get(name, 1) for name in ("cluster", "window"))
+    return f"{tile['rows']}" + f" x {shared}" * (shared > 1) + f" by {added}" * (added > 1)
 
 
 def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
         inputs = cases.make_inputs(shape, tokens, weights=weights)
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
-        tiles = KERNELS[backend].candidates(rows, shape[0])
+        tiles = KERNELS[backend].candidates(rows, shape[0], shape[2])
         times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
         ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
         records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})

@@ -99,8 +99,12 @@ class OwnGemms:
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
         self._claims = dedicated((2, 2), np.int32)
-        self._w1 = self.kernel.Weights(w1, experts, layer.product, layer.hidden, paired=layer.spec.gated)
-        self._w2 = self.kernel.Weights(w2, experts, layer.hidden, layer.intermediate, paired=False)
+        self._w1, self._w2 = (
+            self.kernel.Weights(at, experts, n, k, paired=paired, batch_invariant=layer.spec.batch_invariant)
+            for at, n, k, paired in (
+                (w1, layer.product, layer.hidden, layer.spec.gated), (w2, layer.hidden, layer.intermediate, False)
+            )
+        )  # fmt: skip
         self.unit = e4m3.half_unit(layer.intermediate)
 
     def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
@@ -152,7 +156,7 @@ class OwnGemms:
             groups = self._groups(buffers, i)
             tuning.fill_with_codes(as_array(operand, total))
             candidates: list[tuple[Record, Step]] = []
-            for tile in self.kernel.candidates(rows, weights.experts):
+            for tile in self.kernel.candidates(rows, weights.experts, weights.k):
                 launch = self.kernel.grouped_gemm(layer.device, weights, operand, rows, groups, result, end, tile)
                 candidates.append((dict(tile._asdict()), launch))
             records[self.kernel.key(layer.device, weights, rows)] = tuning.fastest(candidates, as_array(result, total))

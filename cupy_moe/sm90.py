@@ -14,18 +14,20 @@ CHANNELS, THREADS, STEP = 128, 384, 128
 """Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_sm90.cu``."""
 SHARED_BYTES = 227 << 10
 """What a block can have of shared memory."""
-_ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 20, 1024  # a ring entry: two barriers and a tile
+_ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
 
 
 class Tile(NamedTuple):
     """What a block works on at a time: `CHANNELS` weight rows by ``rows`` rows of activations, in ``stages`` stages.
 
-    ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both.
+    ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both. The tensor cores add up
+    the products of ``window`` stages, 1 or 2, in their shorter sums.
     """
 
     rows: int
     stages: int
     cluster: int = 1
+    window: int = 1
 
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
@@ -47,10 +49,12 @@ PREFERRED = (
     Preference(90, Tile(96, 6)),
     Preference(115, Tile(128, 6)),
     Preference(170, Tile(160, 5)),
-    Preference(230, Tile(224, 5)),
-    Preference(float("inf"), Tile(160, 5, cluster=2)),
+    Preference(230, Tile(224, 5, window=2)),
+    Preference(float("inf"), Tile(160, 5, window=2), below_k=4096),
+    Preference(400, Tile(160, 5, cluster=2, window=2)),
+    Preference(float("inf"), Tile(256, 4, cluster=2, window=2)),
 )
-_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, more=(Tile(224, 5, cluster=2),))
+_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, more=(Tile(224, 5, cluster=2, window=2),))
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 
@@ -61,8 +65,10 @@ class Weights(tiles.Weights):
     first 8 and the last 8 belong together, a gate with its up or a row with the next.
     """
 
-    def __init__(self, pointer: int, experts: int, n: int, k: int, *, paired: bool) -> None:
-        super().__init__(pointer, experts, n, k, paired=paired)
+    def __init__(
+        self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False
+    ) -> None:
+        super().__init__(pointer, experts, n, k, paired=paired, batch_invariant=batch_invariant)
         within, across, group = (k, n // 2 * k, 8 * k) if paired else (2 * k, k, 16 * k)
         self.map = tensor_map(
             pointer, (k, 8, 2, n // 16, experts), (within, across, group, n * k), (STEP, 8, 2, CHANNELS // 16, 1)
@@ -74,9 +80,11 @@ def grouped_gemm(
 ) -> Launch:
     """The launch that multiplies ``rows`` rows (an upper bound) of codes ``x`` into ``out``."""
     tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
+    if weights.batch_invariant:  # every tile adds in the same order
+        tile = tile._replace(window=1)
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, CLUSTER=tile.cluster,
-        **tiles.constants(end, out),
+        WINDOW=tile.window, **tiles.constants(end, out),
     )
     channel_tiles = -(-weights.n // (CHANNELS * tile.cluster))
     most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles

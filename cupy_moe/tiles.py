@@ -26,10 +26,11 @@ T = TypeVar("T", bound=Tile)
 
 
 class Preference(NamedTuple):
-    """A tile for a range of rows per expert."""
+    """A tile for a range of rows per expert, and of columns of the weights."""
 
     below: float  # rows per expert that can have any, on average
     tile: Any
+    below_k: float = float("inf")
 
 
 class Tiles(Generic[T]):
@@ -50,10 +51,10 @@ class Tiles(Generic[T]):
         shape = f"{weights.experts} x {weights.n} x {weights.k}"
         return tuning.key(f"{self._backend} {__version__}", tuning.device_name(device), shape, rows=rows)
 
-    def candidates(self, rows: int, experts: int) -> list[T]:
-        """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
+    def candidates(self, rows: int, experts: int, k: int) -> list[T]:
+        """The tiles that could be the fastest for ``rows`` rows in all of ``k`` columns, the default first."""
         average = rows / max(min(rows, experts), 1)
-        default: T = next(entry.tile for entry in self._preferred if average < entry.below)
+        default: T = next(entry.tile for entry in self._preferred if average < entry.below and k < entry.below_k)
         worth = [tile for tile in self.all if min(average / 4, 96) <= tile.rows <= max(32, 4 * average)]
         return [default, *(tile for tile in worth if tile != default)]
 
@@ -61,14 +62,20 @@ class Tiles(Generic[T]):
         """What tuning has found for ``rows`` rows in all, or else the default."""
         tuned = tuning.CACHE.find(self.key(device, weights, rows)) or {}
         found = [tile for tile in self.all if tile._asdict().items() <= tuned.items()]
-        return (found or self.candidates(rows, weights.experts))[0]
+        return (found or self.candidates(rows, weights.experts, weights.k))[0]
 
 
 class Weights:
-    """Weights (experts, n, k) of codes at ``pointer``, n and k multiples of 16; ``paired``: gates, then ups."""
+    """Weights (experts, n, k) of codes at ``pointer``, n and k multiples of 16; ``paired``: gates, then ups.
 
-    def __init__(self, pointer: int, experts: int, n: int, k: int, *, paired: bool) -> None:
+    ``batch_invariant``: a row's product must not depend on how many rows there are.
+    """
+
+    def __init__(
+        self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False
+    ) -> None:
         self.pointer, self.experts, self.n, self.k, self.paired = pointer, experts, n, k, paired
+        self.batch_invariant = batch_invariant
 
 
 class Groups(NamedTuple):

@@ -29,9 +29,8 @@ struct Channel {
     float scale, shift;
     __device__ __forceinline__ Channel(const Epilogue& end, int expert, int col, int up) : scale(0.0f), shift(0.0f) {
         if (col >= end.cols) return;
-        scale = pick(end.w_scale, (long long)expert * end.w_scale_stride + up * end.w_scale_up + (PER_CHANNEL ? col : 0), 1.0f);
-        if constexpr (sizeof(Bias) > 1)
-            shift = to_float(end.bias[expert * (GATED ? 2 : 1) * (long long)end.cols + up * end.cols + col]);
+        scale = pick(end.w_scale, expert * end.w_scale_stride + up * end.w_scale_up + (PER_CHANNEL ? col : 0), 1.0f);
+        if constexpr (sizeof(Bias) > 1) shift = to_float(end.bias[(expert * (GATED ? 2 : 1) + up) * end.cols + col]);
     }
     __device__ __forceinline__ float of(float x, float row_scale) const { return fmaf(x, row_scale * scale, shift); }
 };
@@ -39,7 +38,7 @@ struct Channel {
 // What the end of a tile needs from memory, loaded before the multiplication so that nothing waits for it afterwards.
 template <int COUNT>  // rows of the tile that a warp has, a multiple of 8
 struct Scales {
-    float rows[(COUNT + LANES - 1) / LANES];  // row LANES * i + lane at i
+    float rows[(COUNT + LANES - 1) / LANES];  // row LANES * i + lane at i, to be multiplied by unit
     Channel first, second;                    // of this thread's pair of channels
     float code;                               // of CODES
     __device__ __forceinline__ Scales(const Epilogue& end, const Place& at, int col)
@@ -49,8 +48,8 @@ struct Scales {
 #pragma unroll
         for (int i = 0; i < (COUNT + LANES - 1) / LANES; ++i) {
             const int within = LANES * i + threadIdx.x % LANES;
-            rows[i] = end.unit;
-            if (from && within < at.count) rows[i] *= from[(long long)(at.row + within) * end.x_scale_row_stride];
+            rows[i] = 1.0f;
+            if (from && within < at.count) rows[i] = from[(at.row + within) * end.x_scale_row_stride];
         }
     }
 };
@@ -80,7 +79,7 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             from_float(b * end.unit, two.b);
             if (exists) *reinterpret_cast<Two*>(to) = two;
         } else {
-            const float row_scale = __shfl_sync(FULL_WARP, scales.rows[down / LANES], down % LANES + first_row);
+            const float row_scale = __shfl_sync(FULL_WARP, scales.rows[down / LANES] * end.unit, down % LANES + first_row);
             const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
             if constexpr (END == ACTIVATED) {

@@ -44,7 +44,7 @@ __device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_
 
 // A stage to be copied; goes through those of this block's tiles.
 struct Cursor {
-    Place at;
+    Walk at;
     int tile = blockIdx.x, step = 0;
     bool exists;
     __device__ explicit Cursor(const Entry* entries) : at(entries), exists(at.seek(blockIdx.x)) {}
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
 
     float largest = 0.0f;
     int read = 0, free = STAGES - 1;
-    Place at(entries);
+    Walk at(entries);
     for (int tile = blockIdx.x; at.seek(tile); tile += gridDim.x) {
         const Place mine = rows_of_warp(at);
         const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES % 4 * (8 * GROUPS) + threadIdx.x % LANES / 4;

@@ -15,6 +15,7 @@
 //   STAGES      stages in shared memory
 //   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
 //               for all
+//   WINDOW      stages whose products the tensor cores add up, before float32 does
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
 //                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
@@ -35,47 +36,28 @@ constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
-__device__ __forceinline__ int channel_tile(const Place& at) { return at.channel_tile * CLUSTER + rank(); }
 
 // ---- multiplication ---------------------------------------------------------------------------------------------
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
 // bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) { return u64(address) | u64(1024 >> 4) << 32 | u64(1) << 62; }
 
-// The accumulators of the tensor cores hold fewer bits than float32: each stage is added to the sum on its own. Columns from
-// COLS on stay as they are. Many columns take two passes: there are registers for one product under way.
-template <int COLS>
-__device__ __forceinline__ void multiply_add(float (&sum)[SUMS], const u8* weights, const u8* rows) {
-    constexpr int PASSES = COLS > 160 ? 2 : 1, WIDTH = COLS / PASSES;
-    const u32 a = shared_address(weights) / 16, b = shared_address(rows) / 16;
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        float part[WIDTH / 2];
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int k = 0; k < STEP / 32; ++k)
-            wgmma(part, descriptor(a + 2 * k), descriptor(b + pass * (WIDTH * STEP / 16) + 2 * k), k > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; ++i) sum[pass * (WIDTH / 2) + i] += part[i];
-    }
+// Until all products but the last COUNT are there.
+template <int COUNT>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
 }
 
 // ---- the two roles ----------------------------------------------------------------------------------------------
-constexpr int NO_TILE = -1;
-
 // Shared memory, from an address that is a multiple of 1024 on, where the swizzle begins anew.
 struct Ring {
     u8* base;
     __device__ __forceinline__ u8* stage(int i) const { return base + i * STAGE_BYTES; }  // weights, then rows
     __device__ __forceinline__ u64* full(int i) const { return reinterpret_cast<u64*>(stage(STAGES)) + i; }  // barriers
     __device__ __forceinline__ u64* empty(int i) const { return full(STAGES) + i; }
-    // What a stage belongs to; NO_TILE behind the last.
-    __device__ __forceinline__ int& tile(int i) const { return reinterpret_cast<int*>(empty(STAGES))[i]; }
-    __device__ __forceinline__ Entry* entries() const { return reinterpret_cast<Entry*>(&tile((STAGES + 3) / 4 * 4)); }
+    // What a stage belongs to; a count of 0 behind the last tile.
+    __device__ __forceinline__ Place& place(int i) const { return reinterpret_cast<Place*>(empty(STAGES))[i]; }
+    __device__ __forceinline__ Entry* entries() const { return reinterpret_cast<Entry*>(&place(STAGES)); }
 };
 
 // A stage of the ring, and the parity of the round: that of the barriers' phase.
@@ -90,6 +72,13 @@ struct Slot {
     }
 };
 
+// Clusters do not claim tiles, they take turns: one further along in every wave, since the last tiles of the experts, which
+// may be short, often come in the rhythm of the waves.
+__device__ __forceinline__ int tile_of_wave(int wave) {
+    const int clusters = gridDim.x / CLUSTER;
+    return wave * clusters + (blockIdx.x / CLUSTER + wave) % clusters;
+}
+
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
     const auto copy_rows_of = [&](int stage, int row, int step) {
@@ -102,56 +91,88 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     const auto wait_for_rows = [&] {
         wait_for_previous_kernel();
         waited = true;
-        Place at(entries);
-        for (int stage = 0; stage < early; ++stage) {
-            at.seek(ring.tile(stage));
-            copy_rows_of(stage, at.row, stage % groups.steps);
-        }
+        for (int stage = 0; stage < early; ++stage) copy_rows_of(stage, ring.place(stage).row, stage % groups.steps);
     };
-    Place at(entries);
+    Walk at(entries);
     Slot slot;
+    int wave = 0;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
-        next = CLUSTER > 1 ? tile + gridDim.x / CLUSTER : gridDim.x + atomicAdd(groups.claims, 1);
+        at.channel_tile = at.channel_tile * CLUSTER + rank();
+        next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + atomicAdd(groups.claims, 1);
         for (int step = 0; step < groups.steps; ++step, slot.next()) {
             if (!waited && early == STAGES) wait_for_rows();
             wait(ring.empty(slot.stage), slot.parity ^ 1);  // passes in the first round
-            ring.tile(slot.stage) = tile;
+            ring.place(slot.stage) = at;
             expect_bytes(ring.full(slot.stage), STAGE_BYTES);
-            copy_weights(ring.stage(slot.stage), weights, step * STEP, channel_tile(at) * (CHANNELS / 16),
-                         at.expert, ring.full(slot.stage));
+            copy_weights(ring.stage(slot.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
+                         ring.full(slot.stage));
             if (waited) copy_rows_of(slot.stage, at.row, step);
             else ++early;
         }
     }
     if (!waited) wait_for_rows();
     wait(ring.empty(slot.stage), slot.parity ^ 1);
-    ring.tile(slot.stage) = NO_TILE;
+    ring.place(slot.stage).count = 0;
     arrive(ring.full(slot.stage));
     if (CLUSTER == 1 && atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
-// All stages of a tile, the first COLS of its rows.
+// Up to WINDOW stages, the first COLS rows. The accumulators of the tensor cores hold fewer bits than float32: each window is
+// added to the sum on its own. Many rows take two passes: there are registers for one product under way.
 template <int COLS>
-__device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps) {
-    const int lane = threadIdx.x % LANES, group = threadIdx.x / 128;
-    for (int step = 0; step < steps; ++step, slot.next()) {
-        const u8* here = ring.stage(slot.stage);
-        wait(ring.full(slot.stage), slot.parity);
-        multiply_add<COLS>(sum, here + group * (64 * STEP), here + WEIGHT_BYTES);
-        if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(slot.stage), lane);
+__device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, Slot& slot, int stages) {
+    constexpr int PASSES = COLS > 160 ? 2 : 1, WIDTH = COLS / PASSES;
+    const auto release = [&](int stage) {
+        const int lane = threadIdx.x % LANES;
+        if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
+    };
+    const Slot first = slot;
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const bool last_pass = pass == PASSES - 1;
+        float part[WIDTH / 2];
+        slot = first;
+        int before = slot.stage;
+#pragma unroll
+        for (int i = 0; i < WINDOW; ++i) {
+            if (i > 0 && i >= stages) break;
+            if (pass == 0) wait(ring.full(slot.stage), slot.parity);
+            const u8* weights = ring.stage(slot.stage);
+            const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
+            const u32 b = shared_address(weights + WEIGHT_BYTES + pass * (WIDTH * STEP)) / 16;
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int k = 0; k < STEP / 32; ++k) wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), i > 0 || k > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            if (i > 0) {
+                wait_for_products<1>();
+                if (last_pass) release(before);
+            }
+            before = slot.stage;
+            slot.next();
+        }
+        wait_for_products<0>();
+        if (last_pass) release(before);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; ++i) sum[pass * (WIDTH / 2) + i] += part[i];
     }
 }
 
+template <int COLS>
+__device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps) {
+    for (int step = 0; step < steps; step += WINDOW) multiply_window<COLS>(sum, ring, slot, steps - step);
+}
+
 // Returns the largest finite magnitude of this thread's results if ACTIVATED.
-__device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Entry* entries, const Epilogue& end) {
+__device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Epilogue& end) {
     float largest = 0.0f;
-    Place at(entries);
     for (Slot slot;;) {
         wait(ring.full(slot.stage), slot.parity);
-        const int tile = ring.tile(slot.stage);
-        if (tile == NO_TILE) return largest;
-        at.seek(tile);
-        const int pair = channel_tile(at) * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
+        const Place at = ring.place(slot.stage);
+        if (at.count == 0) return largest;
+        const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
         const int col = GATED ? pair : 2 * pair;
         const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
@@ -193,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous_kernel();
-        float largest = consume(ring, groups, entries, end);
+        float largest = consume(ring, groups, end);
         if constexpr (END == ACTIVATED) {
             for (int offset = LANES / 2; offset > 0; offset /= 2)
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, offset));

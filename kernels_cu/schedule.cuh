@@ -39,13 +39,15 @@ __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entri
     if (lane == 0) entries[used] = {tiles, 0, 0, 0};
 }
 
-// Where a tile lies. All row tiles of a stretch of weights have consecutive numbers, so that the weights come from memory
-// once.
-struct Place {
-    const Entry* entry;
-    int expert, channel_tile, row, count;
+// Where a tile lies.
+struct alignas(16) Place { int expert, channel_tile, row, count; };
 
-    __device__ explicit Place(const Entry* entries) : entry(entries) {}
+// Goes through the tiles. All row tiles of a stretch of weights have consecutive numbers, so that the weights come from memory
+// once.
+struct Walk : Place {
+    const Entry* entry;
+
+    __device__ explicit Walk(const Entry* entries) : entry(entries) {}
     // Moves on to a tile, whose numbers only grow; false behind the last one.
     __device__ bool seek(int tile) {
         while (entry->count > 0 && tile >= entry[1].first_tile) ++entry;

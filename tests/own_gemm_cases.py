@@ -99,9 +99,11 @@ class Case:
             parts.append(cupy.asarray(x @ w.T))
         return cupy.concatenate(parts)
 
-    def launch(self, out, end, tile, *, paired=False):
+    def launch(self, out, end, tile, *, paired=False, batch_invariant=False):
         module, options = KERNELS[tile.kernel]
-        weights = module.Weights(self.w.data.ptr, self.experts, self.n, self.k, paired=paired)
+        weights = module.Weights(
+            self.w.data.ptr, self.experts, self.n, self.k, paired=paired, batch_invariant=batch_invariant
+        )
         groups = Groups(
             self.offsets.data.ptr, self.device_counts.data.ptr, self.claims.data.ptr, self.max_tokens
         )
@@ -117,10 +119,10 @@ class Case:
         assert (out.view(np.uint8)[self.nobody] == 0xFF).all(), f"{tile}: wrote to rows of nobody"
         return out[self.valid]
 
-    def product(self, tile, dtype="float32"):
+    def product(self, tile, dtype="float32", **options):
         """The product in the unit that the layer takes, and what it stands for."""
         unit = 1.0 if dtype == "float32" else e4m3.half_unit(self.k)
-        got = self.run(dtype, self.n, End("PRODUCT", unit=unit), tile)
+        got = self.run(dtype, self.n, End("PRODUCT", unit=unit), tile, **options)
         return got, got.astype(np.float64) * unit
 
 

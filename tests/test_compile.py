@@ -96,12 +96,12 @@ def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024)
     )  # fmt: skip
 
 
-def grouped_gemm(kernel, tile, kind, out, act="silu", bias="None", per_channel=False, **options):
+def grouped_gemm(kernel, tile, kind, out, act="silu", bias="None", per_channel=False, invariant=False, **options):
     """One tile and end of a kernel of our own."""
     end = tiles.End(kind, act, bias=Bias(ADDRESS, bias), w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel))
     x, y = Matrix(ADDRESS, 1024, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
-        0, kernel.Weights(ADDRESS, 8, 1024, 1024, paired=ACTIVATIONS[act].gated), x, 99,
+        0, kernel.Weights(ADDRESS, 8, 1024, 1024, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
         tiles.Groups(ADDRESS, ADDRESS, ADDRESS), y, end, tile, **options,
     )  # fmt: skip
 
@@ -143,9 +143,10 @@ def calls():
     made += [lambda d=d, e=e: launches.topk_softmax(0, matrix(d, e, True), 9, e, 2, True, ADDRESS, ADDRESS)
              for d, e in zip((*FLOATS, "float16"), (8, 64, 160, 1024), strict=True)]  # fmt: skip
     for tile in sm90.TILES:
-        made += [grouped_gemm(sm90, tile, "PRODUCT", out) for out in ("float16", "float32")]
+        made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
+                 for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True) for bias in biases]
-        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0)
+        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 3 == 2)
                  for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
     for (t, tile), fp8 in itertools.product(enumerate(mma.TILES), (True, False)):
         made += [grouped_gemm(mma, tile, "PRODUCT", out, fp8=fp8) for out in ("float16", "float32")]
@@ -182,7 +183,7 @@ VALUES = {
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES},
-        "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2},
+        "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "PER_CHANNEL": {True, False},
     },

@@ -40,6 +40,8 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tile.fitting(experts) == tile
     for tile in sm90.TILES:
         assert tile.cluster in (1, 2)
+        assert tile.window in (1, 2)
+        assert tile.window < tile.stages, "stages that are on their way meanwhile"
         assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
 
 
@@ -62,18 +64,22 @@ def test_many_experts_leave_room_for_fewer_stages(name, experts):
 def test_tiles_are_told_apart(name):
     kernel = KERNELS[name][0]
     assert len(set(kernel.TILES)) == len(kernel.TILES)
-    assert [entry.below for entry in kernel.PREFERRED] == sorted(entry.below for entry in kernel.PREFERRED)
-    assert kernel.PREFERRED[-1].below == float("inf")
+    for k in (1024, 1 << 20):
+        limits = [entry.below for entry in kernel.PREFERRED if k < entry.below_k]
+        reached = limits[: limits.index(float("inf")) + 1]
+        assert reached == sorted(reached)
+    assert kernel.PREFERRED[-1].below == kernel.PREFERRED[-1].below_k == float("inf")
 
 
 @both
+@pytest.mark.parametrize("k", [1024, 4096])
 @pytest.mark.parametrize("experts", [1, 8, 256])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000, 100_000])
-def test_candidates(rows, experts, name):
+def test_candidates(rows, experts, k, name):
     kernel = KERNELS[name][0]
-    default, *others = kernel.candidates(rows, experts)
+    default, *others = kernel.candidates(rows, experts, k)
     average = rows / max(min(rows, experts), 1)
-    assert default == next(entry.tile for entry in kernel.PREFERRED if average < entry.below)
+    assert default == next(e.tile for e in kernel.PREFERRED if average < e.below and k < e.below_k)
     assert set(others) <= set(kernel.TILES) - {default}
 
 
@@ -83,14 +89,14 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
     monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
     weights = kernel.Weights(0, 8, 64, 128, paired=False)
     default = kernel.tile_for(0, weights, 100)
-    assert default == kernel.candidates(100, 8)[0]
+    assert default == kernel.candidates(100, 8, 128)[0]
     other = next(tile for tile in kernel.TILES if tile != default)
     key = kernel.key(0, weights, 100)
     assert key.startswith(f"{name} ")
     assert key.endswith(" | a device | 8 x 64 x 128 | 128 rows")
     cache.store({key: {**other._asdict(), "us": 1.0, "default_us": 2.0}})
     assert kernel.tile_for(0, weights, 100) == kernel.tile_for(0, weights, 65) == other
-    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, 8)[0], "another power of two"
+    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, 8, 128)[0], "another power of two"
     for foreign in ({}, {"average": 8, "tile": 13, "option": 1}, {**other._asdict(), "rows": 13}):
         cache.store({key: foreign})
         assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
