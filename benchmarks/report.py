@@ -155,6 +155,8 @@ def steps_table() -> list[str]:
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for record in records:
         share = f", {100 * record['of_copy']:.0f} %" if record["l2"] == "cold" else ""
+        if "copy_bytes_s" in record:
+            share += f" ({100 * record['bytes_s'] / record['copy_bytes_s']:.0f} %)"
         row = rows.setdefault((record["step"], record["kernel"], record["scheme"]), {})
         row[_size(record)] = f"{record['us']:.1f} us, {record['bytes_s'] / 1e9:.0f} GB/s{share}"
     sizes = dict.fromkeys(map(_size, records))
@@ -191,6 +193,11 @@ def details() -> str:
     if steps["records"]:
         rates = steps["header"]["rates"]
         notes = ""
+        if any("copy_bytes_s" in record for record in steps["records"]):
+            notes += (
+                " In brackets, where these are more than 16 MB, in percent of the rate of a copy of as many bytes, "
+                "which is launched and timed as the kernel is and has a start and an end too."
+            )
         if any(record.get("overlap") for record in steps["records"]):
             notes += (
                 " A kernel that is part of a call starts while the one in front of it still runs, which is the same "

@@ -14,6 +14,8 @@
 constexpr int MOST = PER_CHANNEL || sizeof(Bias) > 1 ? 2 : 4;  // with scales or bias for each column there is more to hold
 constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;  // slots whose loads are on their way together
 
+struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row
+
 extern "C" __global__ void combine(
     const In* x,                              // (rows, x_pitch); made by the kernel in front
     long long x_pitch,
@@ -37,30 +39,27 @@ extern "C" __global__ void combine(
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const int count = cols - col;
 
-    // All slots' indices and scales first, so that the rows' loads wait for none of them. The kernel in front makes x,
-    // and did not start the next one before it had waited itself: everything but x is older and read before its end.
-    int row[TOPK], expert[TOPK];
-    float weight[TOPK], factor[TOPK];
-#pragma unroll
-    for (int slot = 0; slot < TOPK; ++slot) {
-        const long long pair = (long long)token * TOPK + slot;
-        row[slot] = src2dst_map ? src2dst_map[pair] : token;
-        weight[slot] = topk_weights ? topk_weights[pair] : 1.0f;
-    }
+    // Each slot's indices and scales first, so that the rows' loads wait for none of them, and once for the block, so that
+    // registers are left for the rows. The kernel in front makes x, and did not start the next one before it had waited
+    // itself: everything but x is older and read before its end.
+    __shared__ Slot slots[TOPK];
     bool any = false;
-#pragma unroll
-    for (int slot = 0; slot < TOPK; ++slot) {
-        const bool valid = row[slot] >= 0 && row[slot] < rows;
-        expert[slot] = !valid ? -1 : row_experts ? row_experts[row[slot]] : 0;
-        any |= expert[slot] >= 0;
+    for (int slot = threadIdx.x; slot < TOPK; slot += blockDim.x) {
+        const long long pair = (long long)token * TOPK + slot;
+        const int row = src2dst_map ? src2dst_map[pair] : token;
+        const float weight = topk_weights ? topk_weights[pair] : 1.0f;
+        const bool valid = row >= 0 && row < rows;
+        const int expert = !valid ? -1 : row_experts ? row_experts[row] : 0;
+        float factor = 0.0f;
+        if (expert >= 0) {
+            const long long index = (long long)row * x_scale_row_stride + expert * x_scale_expert_stride;
+            factor = unit * pick(x_scale, index, 1.0f);
+            if constexpr (!PER_CHANNEL) factor *= pick(w_scale, (long long)expert * w_scale_stride, 1.0f);
+            any = true;
+        }
+        slots[slot] = {row, expert, weight, factor};
     }
-#pragma unroll
-    for (int slot = 0; slot < TOPK; ++slot) {
-        if (expert[slot] < 0) continue;
-        const long long index = (long long)row[slot] * x_scale_row_stride + expert[slot] * x_scale_expert_stride;
-        factor[slot] = unit * pick(x_scale, index, 1.0f);
-        if constexpr (!PER_CHANNEL) factor[slot] *= pick(w_scale, (long long)expert[slot] * w_scale_stride, 1.0f);
-    }
+    any = __syncthreads_or(any);
     wait_for_previous_kernel();
     if (col >= cols) return;
 
@@ -70,23 +69,23 @@ extern "C" __global__ void combine(
         float v[IN_FLIGHT][VECTOR], scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            const int slot = first + i;
-            if (slot >= TOPK || expert[slot] < 0) continue;
-            load_vector<IN_ALIGNED>(x + row[slot] * x_pitch + col, count, v[i]);
+            if (first + i >= TOPK || slots[first + i].expert < 0) continue;
+            const Slot slot = slots[first + i];
+            load_vector<IN_ALIGNED>(x + slot.row * x_pitch + col, count, v[i]);
             if constexpr (PER_CHANNEL)
-                load_vector<IN_ALIGNED>(w_scale + (long long)expert[slot] * w_scale_stride + col, count, scale[i]);
+                load_vector<IN_ALIGNED>(w_scale + (long long)slot.expert * w_scale_stride + col, count, scale[i]);
             if constexpr (sizeof(Bias) > 1)
-                load_vector<IN_ALIGNED>(bias + (long long)expert[slot] * cols + col, count, shift[i]);
+                load_vector<IN_ALIGNED>(bias + (long long)slot.expert * cols + col, count, shift[i]);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            const int slot = first + i;
-            if (slot >= TOPK || expert[slot] < 0) continue;
+            if (first + i >= TOPK || slots[first + i].expert < 0) continue;
+            const Slot slot = slots[first + i];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const float by = PER_CHANNEL ? factor[slot] * scale[i][j] : factor[slot];
+                const float by = PER_CHANNEL ? slot.factor * scale[i][j] : slot.factor;
                 const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[i][j]) : v[i][j] * by;
-                sum[j] = fmaf(weight[slot], scaled, sum[j]);
+                sum[j] = fmaf(slot.weight, scaled, sum[j]);
             }
         }
     }

@@ -7,16 +7,18 @@
 constexpr int IN_FLIGHT = 4;  // loads of a thread before its first store
 
 // Each row is that of row_threads neighbouring threads, so that a block has one wide row or many narrow ones. Of a row
-// wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch.
+// wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch. The pointers are not
+// __restrict__, so that no load moves behind a store; what is stored leaves the L2 cache first, since a token is read for
+// each of its rows.
 extern "C" __global__ void shuffle_rows(
-    const Word* __restrict__ x,               // (tokens, words)
+    const Word* x,                            // (tokens, words)
     long long x_pitch,                        // words from one token to the next
-    const int* __restrict__ dst2src_map,      // (rows,)
+    const int* dst2src_map,                   // (rows,)
     int tokens,
     int rows,
     int words,
     int row_threads,                          // divides the threads of a block
-    Word* __restrict__ out)                   // (rows, words)
+    Word* out)                                // (rows, words)
 {
     wait_for_previous_kernel();
     const u32 row = blockIdx.x * (blockDim.x / u32(row_threads)) + threadIdx.x / u32(row_threads);
@@ -38,7 +40,7 @@ extern "C" __global__ void shuffle_rows(
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
             const long long at = start + i * row_threads;
-            if (at < words) target[at] = word[i];
+            if (at < words) __stcs(target + at, word[i]);
         }
     }
 }

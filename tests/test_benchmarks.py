@@ -194,6 +194,10 @@ def test_sets_of_arrays():
     assert steps.sets_of(1000, l2) == (steps.MOST_SETS, "warm")
 
 
+def test_sizes_of_copies():
+    assert [steps.two_digits(n) for n in (16_777_216, 18_358_784, 2_348_810_240)] == [17e6, 18e6, 2.3e9]
+
+
 def test_file_of_records(tmp_path):
     out = tmp_path / "x.json"
     records.save(str(out), {"device": "none", "skipped": {}}, [{"M": 1}, {"M": 2}], failures=[])

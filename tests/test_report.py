@@ -75,6 +75,7 @@ def more_results(monkeypatch, tmp_path):
     steps = [{**record, "step": "route", "kernel": kernel, "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M,
               "scheme": "none", "overlap": True, "us": 2.0}
              for record in plain[:1] for l2, M, kernel in sizes]  # fmt: skip
+    steps[-1]["copy_bytes_s"] = 2e12
     save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
     ours = [record for record in plain if (record["impl"], record["scheme"]) == ("cupy_moe", "token")]
     save(summary.INVARIANCE, [
@@ -95,7 +96,9 @@ def test_report_of_everything(more_results):
     assert "torch (the two GEMMs alone) us" in more
     assert "## One layer with 1 to 16384 tokens" in more
     assert "| route | route | none | 2.0 us, 1000 GB/s | - |" in more
-    assert "| route | route_place | none | - | 2.0 us, 1000 GB/s, 40 % |" in more
+    assert "| route | route_count | none | - | 2.0 us, 1000 GB/s, 40 % |" in more
+    assert "| route | route_place | none | - | 2.0 us, 1000 GB/s, 40 % (50 %) |" in more
+    assert "In brackets, where these are more than 16 MB, in percent of the rate of a copy of as many bytes" in more
     assert "starts while the one in front of it still runs, which is" in more
     assert "a call takes 1.010 times as long as without it (geometric mean of 45 cells, from 1.010 to 1.010)" in more
     assert "In 45 of 45 cells both have the same bits." in more
