@@ -82,7 +82,7 @@ def copy_kernel() -> Kernel:
 def copy_rate(nbytes: int, overlap: bool) -> float:
     """Bytes/s of a copy that reads and writes ``nbytes`` together, on one pair of arrays after the other."""
     words = nbytes // 32
-    pairs = [torch.zeros((2, words, 2), dtype=torch.int64, device="cuda")
+    pairs = [torch.empty((2, words, 2), dtype=torch.int64, device="cuda").random_()
              for _ in range(sets_of(nbytes, timing.l2_bytes())[0])]  # fmt: skip
     fastest = min(time_in_turn([_copy(pair, per_thread, overlap) for pair in pairs]).us for per_thread in COPY_WORDS)
     return 2 * pairs[0][0].nbytes / (fastest * 1e-6)
