@@ -49,7 +49,7 @@ template <typename Use> __device__ void for_each(const uint4* data, u64 count, U
     }
 }
 
-extern "C" __global__ void read_all(const uint4* data, u64 count, unsigned* out)
+extern "C" __global__ void __launch_bounds__(1024) read_all(const uint4* data, u64 count, unsigned* out)
 {
     unsigned mixed = 0;
     for_each(data, count, [&](u64, uint4 v) { mixed ^= v.x ^ v.y ^ v.z ^ v.w; });
@@ -57,7 +57,7 @@ extern "C" __global__ void read_all(const uint4* data, u64 count, unsigned* out)
 }
 
 // May be launched while the kernel in front still runs, as those of the layer are.
-extern "C" __global__ void copy_all(const uint4* data, u64 count, uint4* out)
+extern "C" __global__ void __launch_bounds__(1024) copy_all(const uint4* data, u64 count, uint4* out)
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
