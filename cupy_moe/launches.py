@@ -190,8 +190,9 @@ def quantize(
     ]
     return [*amax, Launch(
         kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, shared_bytes=grid.shared_bytes,
-        **source, row_experts=row_experts, scale_in=scale.pointer, scale_value=scale.value,
-        scale_stride=scale.row_stride, out_cols=out_cols, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+        **source, row_experts=row_experts,
+        scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
+        out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]
 
 
