@@ -9,10 +9,6 @@ VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_ROW_THREADS = 512
 """Threads of a block that holds a row in registers, as in ``common.cuh``."""
-WIDE_THREADS, IN_REGISTERS, SHARED_BYTES = 256, 7, 96 * 1024
-"""Of a block whose row is too wide for four vectors per thread: threads, vectors of each in registers, bytes at most.
-
-Two such blocks fit on a multiprocessor of 9.0: one loads while the other one stores."""
 STRETCH_THREADS = 256
 """Threads per block where a row may be cut into stretches."""
 WORDS_IN_FLIGHT = 4
@@ -23,17 +19,11 @@ MAX_GRID_Y = 65535
 
 
 class Grid(NamedTuple):
-    """Blocks that a row is cut into, threads of each, vectors of a thread, and those of them in shared memory."""
+    """Blocks that a row is cut into, threads of each, and vectors of a thread."""
 
     stretches: int
     threads: int
     per_thread: int
-    in_shared: int = 0
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        return self.in_shared * self.threads * VECTOR * 4
 
 
 def stretches(cols: int) -> Grid:
@@ -48,21 +38,11 @@ def whole_rows(rows: int, cols: int) -> Grid:
     vectors = -(-cols // VECTOR)
     # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
     at_least = -(-vectors // MAX_ROW_THREADS)
-    if at_least > 4:
-        return _wide_rows(vectors)
     per_thread = at_least
     if rows >= MANY_ROWS:
         choices = range(max(at_least, 2), max(at_least, 4) + 1)
         per_thread = min(choices, key=lambda n: (up(vectors, 32 * n), -n))
     return Grid(1, up(-(-vectors // per_thread), 32), per_thread)
-
-
-def _wide_rows(vectors: int) -> Grid:
-    # Of what is still wider, the registers of twice the threads hold more.
-    fits = vectors <= WIDE_THREADS * IN_REGISTERS + SHARED_BYTES // (VECTOR * 4)
-    per_thread = -(-vectors // (WIDE_THREADS if fits else MAX_ROW_THREADS))
-    threads = up(-(-vectors // per_thread), 32)
-    return Grid(1, threads, per_thread, min(max(per_thread - IN_REGISTERS, 0), SHARED_BYTES // (threads * VECTOR * 4)))
 
 
 def words(rows: int, words_of_row: int) -> tuple[tuple[int, int], int]:

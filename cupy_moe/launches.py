@@ -177,7 +177,7 @@ def quantize(
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
-            SHARED=grid.in_shared, IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
+            IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
             PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
         )
 
@@ -189,8 +189,7 @@ def quantize(
         Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
     ]
     return [*amax, Launch(
-        kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, shared_bytes=grid.shared_bytes,
-        **source, row_experts=row_experts,
+        kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, row_experts=row_experts,
         scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]
@@ -209,7 +208,7 @@ def activation_quantize(
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
             Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
-            VECS=grid.per_thread, SHARED=grid.in_shared, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
+            VECS=grid.per_thread, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
             PER_CHANNEL=w_scale.per_channel,
         )
 
@@ -223,8 +222,7 @@ def activation_quantize(
         Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
     ]
     return [*amax, Launch(
-        kernel("activation_quantize"), (rows, grid.stretches), grid.threads, shared_bytes=grid.shared_bytes,
-        source=source, partials=partials,
+        kernel("activation_quantize"), (rows, grid.stretches), grid.threads, source=source, partials=partials,
         scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]

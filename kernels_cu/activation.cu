@@ -9,7 +9,6 @@
 //   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
-//   SHARED      those of them in shared memory
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
@@ -117,15 +116,13 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
     // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
     // Otherwise the GEMM is, and all but x is older.
     if constexpr (MODE != TENSOR) wait_for_previous_kernel();
-    RowPart<VECS, SHARED> part;
+    float v[VECS][VECTOR];
     float largest = 0.0f;
     if (expert >= 0) {
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
             const int col = (first + i * int(blockDim.x)) * VECTOR;
-            float v[VECTOR];
-            largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v));
-            part.put(i, v);
+            largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v[i]));
         }
     }
     if constexpr (MODE == TENSOR) wait_for_previous_kernel();
@@ -145,9 +142,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
         const int col = (first + i * int(blockDim.x)) * VECTOR;
-        float v[VECTOR];
-        part.get(i, v);
         if (col < out_cols)
-            store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, encode_vector(v, divisor));
+            store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, encode_vector(v[i], divisor));
     }
 }

@@ -238,39 +238,6 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
     }
 }
 
-// ---- rows that a block holds --------------------------------------------------------------------------------------
-// What a thread has of its block's row: VECS vectors. A wide row in registers alone would leave room for one block on a
-// multiprocessor, which loads nothing while it stores: SHARED of the vectors are in the dynamic shared memory, where no
-// thread reads another one's.
-template <int VECS, int SHARED>
-struct RowPart {
-    float held[VECS - SHARED][VECTOR];
-
-    static __device__ __forceinline__ float4* shared(int i) {
-        extern __shared__ float4 vectors[];
-        return vectors + 2 * i * blockDim.x + threadIdx.x;
-    }
-    __device__ __forceinline__ void put(int i, const float (&v)[VECTOR]) {
-        if (i < SHARED) {
-            shared(i)[0] = make_float4(v[0], v[1], v[2], v[3]);
-            shared(i)[blockDim.x] = make_float4(v[4], v[5], v[6], v[7]);
-        } else {
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) held[i - SHARED][j] = v[j];
-        }
-    }
-    __device__ __forceinline__ void get(int i, float (&v)[VECTOR]) const {
-        if (i < SHARED) {
-            const float4 low = shared(i)[0], high = shared(i)[blockDim.x];
-            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-        } else {
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[j] = held[i - SHARED][j];
-        }
-    }
-};
-
 // ---- reductions -------------------------------------------------------------------------------------------------
 // The largest x of the block, in every thread. At most 1024 threads, all of which call it.
 __device__ __forceinline__ float block_max(float x) {

@@ -6,7 +6,6 @@
 //   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
 //   MODE        where the scale comes from, see quantize_shuffle
 //   VECS        vectors of eight columns per thread
-//   SHARED      those of them in shared memory
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
@@ -109,40 +108,38 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
-    RowPart<VECS, SHARED> part;
+    float v[VECS][VECTOR];
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
         const int col = (first + i * int(blockDim.x)) * VECTOR;
-        float v[VECTOR] = {};
-        if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v);
-        if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v));
-        part.put(i, v);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
+        if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
+        if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
     if constexpr (MODE == TOKEN) largest = block_max(largest);
 
-    const auto encode = [&](int i, float weight, Divisor by) {
-        float v[VECTOR];
-        part.get(i, v);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) v[j] *= weight;
-        return encode_vector(v, by);
-    };
     uint2 codes[VECS];
-    const auto encode_all = [&](float scale) {
+    const auto encode = [&](float weight, float scale) {
         const Divisor by(scale);
 #pragma unroll
-        for (int i = 0; i < VECS; ++i) codes[i] = encode(i, 1.0f, by);
+        for (int i = 0; i < VECS; ++i) {
+            float weighted[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) weighted[j] = v[i][j] * weight;
+            codes[i] = encode_vector(weighted, by);
+        }
     };
     float token_scale = 1.0f;
     if constexpr (MODE == TOKEN) token_scale = scale_of_amax(largest);
     if constexpr (MODE == STATIC && !PER_EXPERT)
         token_scale = pick(scale_in, (long long)token * scale_stride, scale_value);
-    if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode_all(READY ? 1.0f : token_scale);
+    if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
     if constexpr (!FRESH) wait_for_previous_kernel();
     if constexpr (MODE == TENSOR) {
         token_scale = scale_of_amax(max_of_partials(partials));
-        if constexpr (!CODES_PER_SLOT) encode_all(token_scale);
+        if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = token_scale;
     }
 
@@ -153,14 +150,13 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         float scale = token_scale;
         if constexpr (PER_EXPERT) scale = scale_in[row_experts[row]];
         if constexpr (MODE == TOKEN && WEIGHTED) scale = scale_of_amax(finite_magnitude(largest * weight));
+        if constexpr (CODES_PER_SLOT) encode(weight, scale);
         if (MODE != TENSOR && scale_out && blockIdx.y == 0 && threadIdx.x == 0)
             scale_out[row] = READY ? scale * weight : scale;
         u8* target = out + row * out_pitch;
-        const Divisor by(scale);
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
             const int col = (first + i * int(blockDim.x)) * VECTOR;
-            if constexpr (CODES_PER_SLOT) codes[i] = encode(i, weight, by);
             if (col < out_cols) store_codes<OUT_ALIGNED>(target + col, out_cols - col, codes[i]);
         }
     }
