@@ -9,8 +9,8 @@ VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_ROW_THREADS = 512
 """Threads of a block that holds a row in registers, as in ``common.cuh``."""
-STRETCH_THREADS = 256
-"""Threads per block where a row may be cut into stretches."""
+STRETCH_THREADS, NARROW_THREADS = 256, 64
+"""Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""
 WORDS_IN_FLIGHT = 4
 """Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``."""
 MANY_ROWS = 1024
@@ -26,10 +26,10 @@ class Grid(NamedTuple):
     per_thread: int
 
 
-def stretches(cols: int) -> Grid:
+def stretches(cols: int, most_threads: int = STRETCH_THREADS) -> Grid:
     """Rows of ``cols`` columns, cut where it suits."""
     vectors = -(-cols // VECTOR)
-    threads = min(STRETCH_THREADS, up(vectors, 32))
+    threads = min(most_threads, up(vectors, 32))
     return Grid(-(-vectors // threads), threads, 1)
 
 

@@ -235,7 +235,8 @@ def combine(
     row_experts: int = 0, topk_weights: int = 0, skip_padding: bool = False,
 ) -> Launch:
     """``combine``; ``src2dst`` of 0 takes row ``t`` for token ``t``, ``topk_weights`` of 0 weighs each row by 1."""
-    grid = grids.stretches(cols)
+    # All tokens of a stretch run one after another: the scales of its columns stay in the L1 cache.
+    grid = grids.stretches(cols, grids.NARROW_THREADS if w_scale.per_channel else grids.STRETCH_THREADS)
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
         Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,

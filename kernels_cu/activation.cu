@@ -13,6 +13,7 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
+constexpr int IN_FLIGHT = 3;  // vectors of a thread of amax_rows that are loaded before the first is used
 
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
@@ -44,7 +45,7 @@ __device__ __forceinline__ void load_scaled(const Source& source, int row, int e
     // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
     if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
     const int count = source.cols - col;
-    load_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
+    load_vector<IN_ALIGNED, PER_CHANNEL>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
     const long long at = (long long)expert * source.w_scale_stride + up * source.w_scale_up;
     float scale[VECTOR], shift[VECTOR];
     if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(source.w_scale + at + col, count, scale);
@@ -80,13 +81,17 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
     wait_for_previous_kernel();
     const u32 vectors = (source.cols + VECTOR - 1) / VECTOR, total = rows * vectors, step = gridDim.x * blockDim.x;
     float largest = 0.0f;
-#pragma unroll 2
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < total; i += step) {
-        const int row = i / vectors, col = (i - row * vectors) * VECTOR;
-        const int expert = expert_of(source, row);
-        if (expert < 0) continue;
-        float v[VECTOR];
-        largest = fmaxf(largest, load_activated(source, row, expert, row_scale_of(source, row, expert), col, v));
+    for (u32 first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += IN_FLIGHT * step) {
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; ++k) {
+            // The last vector again and again, rows of no expert as rows of the first: no branch between the loads.
+            const u32 i = min(first + k * step, total - 1);
+            const int row = i / vectors, col = (i - row * vectors) * VECTOR;
+            const int expert = expert_of(source, row), any = max(expert, 0);
+            float v[VECTOR];
+            const float here = load_activated(source, row, any, row_scale_of(source, row, any), col, v);
+            if (expert >= 0) largest = fmaxf(largest, here);
+        }
     }
     largest = block_max(largest);
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;

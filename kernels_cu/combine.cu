@@ -71,7 +71,7 @@ extern "C" __global__ void combine(
         for (int i = 0; i < IN_FLIGHT; ++i) {
             if (first + i >= TOPK || slots[first + i].expert < 0) continue;
             const Slot slot = slots[first + i];
-            load_vector<IN_ALIGNED>(x + slot.row * x_pitch + col, count, v[i]);
+            load_vector<IN_ALIGNED, PER_CHANNEL>(x + slot.row * x_pitch + col, count, v[i]);
             if constexpr (PER_CHANNEL)
                 load_vector<IN_ALIGNED>(w_scale + (long long)slot.expert * w_scale_stride + col, count, scale[i]);
             if constexpr (sizeof(Bias) > 1)

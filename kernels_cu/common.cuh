@@ -185,9 +185,17 @@ __device__ __forceinline__ float activate(float gate, float up) {
 // ---- vectors of eight elements ----------------------------------------------------------------------------------
 constexpr int VECTOR = 8;
 
+// What is read once leaves the L1 cache to what is read again.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
 // Eight elements from p as floats. ALIGNED: one or two 16-byte loads (8 bytes of fp8), all eight exist. Otherwise element
-// by element, zeros from `count` on.
-template <bool ALIGNED, typename T>
+// by element, zeros from `count` on. ONCE: nobody else reads them.
+template <bool ALIGNED, bool ONCE = false, typename T>
 __device__ __forceinline__ void load_vector(const T* p, int count, float (&v)[VECTOR]) {
     if constexpr (ALIGNED) {
         union { uint4 words[(sizeof(T) * VECTOR + 15) / 16]; uint2 half_word; T elements[VECTOR]; } data;
@@ -195,7 +203,10 @@ __device__ __forceinline__ void load_vector(const T* p, int count, float (&v)[VE
             data.half_word = *reinterpret_cast<const uint2*>(p);
         } else {
 #pragma unroll
-            for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) data.words[i] = reinterpret_cast<const uint4*>(p)[i];
+            for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) {
+                const uint4* from = reinterpret_cast<const uint4*>(p) + i;
+                data.words[i] = ONCE ? load_once(from) : *from;
+            }
         }
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) v[i] = to_float(data.elements[i]);
