@@ -134,28 +134,17 @@ def _behind_amax(
 
 
 def requantize(case: Case, scheme: str) -> Step:
-    """What GEMM 1 of the backend sm90 leaves of many tokens, activated, to the codes of GEMM 2."""
-    in_units = scheme == "tensor"
-    x = case.normal(case.rows, case.inner, dtype=torch.float16 if in_units else torch.float32)
-    codes = case.empty(case.rows, case.inner, dtype=FP8)
+    """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2."""
+    x, codes = case.normal(case.rows, case.inner, dtype=torch.float32), case.empty(case.rows, case.inner, dtype=FP8)
     scale, partials, told = case.scaling(scheme)
+    partials.zero_()[0] = x.abs().amax()  # what the GEMM leaves too
     owners = case.routing.row_experts
-    # One unit for four rows and eight columns is enough here, so that the order of the bytes does not matter.
-    exponents = torch.randint(
-        124, 131, (-(-case.rows // 4), case.inner // 8), generator=case.random, device=x.device, dtype=torch.uint8
-    )
-    units = exponents.repeat_interleave(4, dim=1)
-    values = x.float()
-    if in_units:
-        factors = torch.exp2(exponents.float() - 127)
-        values *= factors.repeat_interleave(4, dim=0)[: case.rows].repeat_interleave(8, dim=1)
-    partials.zero_()[0] = values.abs().amax()  # what the GEMM leaves too
     steps = launches.quantize(
         DEVICE, scheme.upper(), matrix(x), case.rows, case.inner, matrix(codes), case.inner,
-        row_experts=owners.data_ptr(), units=units.data_ptr(), fresh=True, **told,
+        row_experts=owners.data_ptr(), fresh=True, **told,
     )  # fmt: skip
-    read = (x, units, owners, partials) if in_units else (x, owners)
-    return Step(steps, [(read, (codes, scale))], lambda: codes.float() * scale, lambda: case.rounded(values, scheme))
+    read = (x, owners, partials) if scheme == "tensor" else (x, owners)
+    return Step(steps, [(read, (codes, scale))], lambda: codes.float() * scale, lambda: case.rounded(x, scheme))
 
 
 def activation(case: Case, scheme: str) -> Step:

@@ -17,14 +17,14 @@ class Buffers:
     """The intermediates of a call with ``rows`` (token, slot) pairs, laid out from an address on.
 
     What is never needed at the same time shares its place: ``a`` lies where ``x`` was, which GEMM 1 has read by then,
-    and ``y`` behind ``a``, where GEMM 1's result ``inner`` and its ``units`` were, which the kernel behind has read by
-    then. No kernel writes to any of these before the kernel in front is done, so overlapping launches are safe too. A
-    GEMM 1 that makes ``a`` itself has no ``inner``, and ``a`` a place of its own.
+    and ``y`` behind ``a``, where GEMM 1's result ``inner`` was, which the kernel behind has read by then. No kernel
+    writes to any of these before the kernel in front is done, so overlapping launches are safe too. A GEMM 1 that makes
+    ``a`` itself has no ``inner``, and ``a`` a place of its own.
     """
 
     def __init__(self, layer: Layer, rows: int, base: int = 0) -> None:
         carver = Carver(base)
-        columns, dtype, units = layer.gemms.inner(layer, rows)
+        columns, dtype = layer.gemms.inner(layer, rows)
         inner = Matrix(0, columns, dtype)
         first, second = Carver(base), Carver(base)  # what is there until the activation is done, and after that
         first.take(rows * max(layer.hidden, layer.intermediate))
@@ -32,7 +32,6 @@ class Buffers:
             second.take(rows * layer.hidden)
         self.x = Matrix(base, layer.hidden, "uint8")
         self.inner = inner._replace(pointer=first.take(rows * columns * inner.itemsize))
-        self.units = first.take(units)
         self.a = Matrix(second.take(rows * layer.intermediate), layer.intermediate, "uint8")
         self.y = Matrix(second.take(rows * layer.hidden * 2), layer.hidden, "float16")
         carver.take(max(first.used, second.used))

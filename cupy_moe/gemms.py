@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from cupy_moe import backend, e4m3, launches, mma, sm90, tiles, tuning
+from cupy_moe import backend, e4m3, launches, mma, sm90, tuning
 from cupy_moe.buffers import Buffers, as_array
 from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cupy_moe.pipeline import CallShape, Layer
 
 FINE_ELEMENTS = 1 << 20
-"""Up to this many elements, 4 MB, what GEMM 1 leaves costs nothing worth saving."""
+"""Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 
 
 def scaling(
@@ -55,11 +55,11 @@ class CublasltGemms:
         self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts)
         self.unit = self._gemm2.unit  # of y
 
-    def inner(self, layer: Layer, rows: int) -> tuple[int, str, int]:
-        """Columns, dtype and bytes of units of GEMM 1's product, whose unit is the same everywhere."""
+    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
+        """Columns and dtype of GEMM 1's product."""
         # It is quantised again, which turns its rounding into flipped codes: small ones stay float32.
         columns = layer.product
-        return columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16", 0
+        return columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16"
 
     def first(
         self, layer: Layer, shape: CallShape, buffers: Buffers, x_scale: RowScale
@@ -107,14 +107,9 @@ class OwnGemms:
         )  # fmt: skip
         self.unit = e4m3.half_unit(layer.intermediate)
 
-    def inner(self, layer: Layer, rows: int) -> tuple[int, str, int]:
-        """Columns, dtype and bytes of units of what GEMM 1 leaves, activated; none where it makes the codes."""
-        columns = layer.intermediate if layer.a2_scale is None else 0
-        # Small ones stay float32, as above. So do rows with scales of their own: in float16 rows share a unit, which
-        # would cost one that is far smaller than its neighbours its bits.
-        if layer.spec.per_act_token or rows * columns <= FINE_ELEMENTS:
-            return columns, "float32", 0
-        return columns, "float16", tiles.bytes_of_units(rows, columns)
+    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
+        """Columns and dtype of what GEMM 1 leaves, activated; none where it makes the codes."""
+        return layer.intermediate if layer.a2_scale is None else 0, "float32"
 
     def _groups(self, buffers: Buffers, gemm: int, max_tokens: int = 0) -> Groups:
         claims = self._claims[gemm].data.ptr
@@ -126,7 +121,7 @@ class OwnGemms:
         return buffers.inner if static is None else buffers.a, End(
             "ACTIVATED" if static is None else "CODES", spec.activation, spec.intermediate_size, x_scale=x_scale,
             w_scale=layer.w1_scale, bias=layer.w1_bias, scale=static or UNSCALED,
-            partials=layer.partials[1].data.ptr, units=buffers.units,
+            partials=layer.partials[1].data.ptr,
         )
 
     def first(
@@ -142,8 +137,7 @@ class OwnGemms:
             return [gemm], result
         return [gemm, *launches.quantize(
             layer.device, mode, out, shape.rows, layer.spec.intermediate_size, buffers.a, layer.intermediate,
-            row_experts=buffers.maps.row_experts, units=end.units, partials=end.partials, scale_out=scale_out,
-            fresh=True,
+            row_experts=buffers.maps.row_experts, partials=end.partials, scale_out=scale_out, fresh=True,
         )], result
 
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:

@@ -166,12 +166,11 @@ def route_padded(
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    units: int = 0, partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
+    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
 ) -> list[Launch]:
     """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input.
 
-    ``fresh``: the kernel in front makes ``x``, which are rows of experts, in mode TENSOR the ``partials``, and the
-    ``units`` where they are float16.
+    ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
     grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
 
@@ -191,7 +190,7 @@ def quantize(
     ]
     return [*amax, Launch(
         kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, row_experts=row_experts,
-        units=units, scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
+        scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]
 

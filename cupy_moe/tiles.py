@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from cupy_moe import compiler, tuning
 from cupy_moe._version import __version__
-from cupy_moe.grids import VECTOR, up
 from cupy_moe.launches import NO_BIAS, UNSCALED, UNSCALED_WEIGHT, Bias, Matrix, RowScale, WeightScale
 
 
@@ -100,17 +99,11 @@ class End(NamedTuple):
     bias: Bias = NO_BIAS
     scale: RowScale = UNSCALED  # of the CODES
     partials: int = 0
-    units: int = 0  # of ACTIVATED values in float16: `bytes_of_units`
-
-
-def bytes_of_units(rows: int, cols: int) -> int:
-    """What the units of activated values in float16 take: a byte for each eight columns, four rows side by side."""
-    return up(rows, 4) * cols // VECTOR
 
 
 def constants(end: End, out: Matrix) -> dict[str, Any]:
     """Those of ``ends.cuh``."""
-    out_type = "float32" if end.kind == "CODES" else out.dtype
+    out_type = out.dtype if end.kind == "PRODUCT" else "float32"  # the others know theirs
     return {
         "END": end.kind, "Out": compiler.CUDA_TYPES[out_type], "Bias": compiler.CUDA_TYPES.get(end.bias.dtype, "None"),
         "ACT": end.activation.upper(), "PER_CHANNEL": end.w_scale.per_channel,
@@ -127,7 +120,6 @@ def epilogue(end: End, out: Matrix) -> dict[str, Any]:
         "w_scale": end.w_scale.pointer, "w_scale_stride": end.w_scale.stride, "w_scale_up": end.w_scale.up_offset,
         "bias": end.bias.pointer, "scale_in": end.scale.pointer, "scale_value": end.scale.value,
         "scale_expert_stride": end.scale.expert_stride, "partials": end.partials,
-        "units": end.units,
     }
 
 

@@ -249,16 +249,6 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
     }
 }
 
-// ---- units of activated values ----------------------------------------------------------------------------------
-// Activated values in float16 are in units of powers of two, one for each VECTOR columns of a row: a byte, the exponent field
-// of the unit as a float. A GEMM writes the units of many rows at a time, quantize_shuffle reads those of many columns, so
-// those of ROWS_OF_UNITS rows lie side by side. `cols` is a multiple of VECTOR.
-constexpr int ROWS_OF_UNITS = 4;
-__device__ __forceinline__ long long index_of_unit(long long row, int col, int cols) {
-    return (row / ROWS_OF_UNITS * (cols / VECTOR) + col / VECTOR) * ROWS_OF_UNITS + row % ROWS_OF_UNITS;
-}
-__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float(u32(exponent) << 23); }  // biased
-
 // ---- reductions -------------------------------------------------------------------------------------------------
 // The largest x of the block, in every thread. At most 1024 threads, all of which call it.
 __device__ __forceinline__ float block_max(float x) {

@@ -6,7 +6,6 @@
 //   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
 
 constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
-constexpr bool IN_UNITS = END == ACTIVATED && sizeof(Out) == sizeof(Half);
 
 struct Epilogue {
     void* out;                 // (rows, pitch): Out or e4m3 codes
@@ -23,7 +22,6 @@ struct Epilogue {
     float scale_value;
     int scale_expert_stride;
     float* partials;           // ACTIVATED: (PARTIALS,)
-    u8* units;                 // of ACTIVATED values in float16, see index_of_unit
 };
 
 // Scale and bias of one weight row; up: of its second half. Zeros where there is no such row: so is what is activated.
@@ -56,52 +54,16 @@ struct Scales {
     }
 };
 
-// Two neighbours in float16, or the low one alone if GATED. As an instruction, not as a branch around what leads to it.
-__device__ __forceinline__ void store_if(bool exists, u8* to, u32 pair) {
-    if constexpr (GATED)
-        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.u16 [%1], %2;\n\t}"
-                     ::"r"(u32(exists)), "l"(to), "h"(u16(pair)) : "memory");
-    else
-        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.u32 [%1], %2;\n\t}"
-                     ::"r"(u32(exists)), "l"(to), "r"(pair) : "memory");
-}
-
-// Activated values in float16, with one unit for the warp. It takes the largest of them to [2^14, 2^15): what is so much
-// smaller that it loses bits is 0 as a code of e4m3, given one scale for all. The arguments are those of `finish`.
-template <int COUNT>
-__device__ __forceinline__ void store_in_units(const Epilogue& end, const Place& at, int col, int rows, u8* start, u32 pitch,
-                                               int largest, const float (&x)[COUNT / 2]) {
-    const int exponent = max((largest - MAGNITUDE_BIAS) / (1 << 23) - 14, 1);  // at most 240: neither factor is 0 or infinite
-    const float factor = power_of_two(254 - exponent);
-#pragma unroll
-    for (int k = 0; k < COUNT / 4; ++k) {
-        const int down = 8 * (k / 2) + k % 2, at_x = 4 * (k / 2) + k % 2;
-        Half a, b;
-        from_float(x[at_x] * factor, a);
-        from_float(x[at_x + 2] * factor, b);
-        store_if(down < rows, start + u64(pitch) * down, a.bits | u32(b.bits) << 16);
-    }
-    const int first_col = GATED ? col : col / 16 * 16;  // a warp has eight columns or sixteen
-#pragma unroll
-    for (int i = 0; i < (COUNT + LANES - 1) / LANES; ++i) {
-        const int within = LANES * i + threadIdx.x % LANES;
-        u8* const units = end.units + index_of_unit(at.row + within, first_col, end.out_cols);
-        if (within >= at.count || col >= end.out_cols) continue;
-        units[0] = u8(exponent);
-        if (!GATED) units[ROWS_OF_UNITS] = u8(exponent);
-    }
-}
-
 // A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
 // is negative). Column `col` of the result is where this thread's pair of channels begins; sum[4 * j + 2 * h + i] is half h
 // of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if ACTIVATED.
 template <int COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
-                                        float (&sum)[COUNT / 2]) {
+                                        const float (&sum)[COUNT / 2]) {
     const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
     int largest = 0;  // biased
     const Divisor divisor(scales.code);
-    constexpr int SIZE = END == CODES ? 1 : sizeof(Out);
+    constexpr int SIZE = END == PRODUCT ? sizeof(Out) : END == ACTIVATED ? sizeof(float) : 1;
     u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
     const u32 pitch = u32(end.pitch) * SIZE;
 #pragma unroll
@@ -125,23 +87,14 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
                     largest = max_biased(largest, x);
                     if (!GATED) largest = max_biased(largest, y);
                 }
-                if constexpr (IN_UNITS) {
-                    sum[at_sum] = x;
-                    sum[at_sum + 2] = y;
-                } else {
-                    if (GATED && exists) *reinterpret_cast<float*>(to) = x;
-                    if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
-                }
+                if (GATED && exists) *reinterpret_cast<float*>(to) = x;
+                if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
             } else {
                 const u32 codes = encode_pair(divisor.divide(x), divisor.divide(y));
                 if (GATED && exists) *to = u8(codes);
                 if (!GATED && exists) *reinterpret_cast<u16*>(to) = u16(codes);
             }
         }
-    }
-    if constexpr (IN_UNITS) {
-        largest = __reduce_max_sync(FULL_WARP, largest);
-        store_in_units<COUNT>(end, at, col, rows, start, pitch, largest, sum);
     }
     return unbiased(largest);
 }

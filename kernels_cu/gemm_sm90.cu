@@ -18,9 +18,9 @@
 //   WINDOW      stages whose products the tensor cores add up, before float32 does
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
-//                   ACTIVATED  scales, bias and activation; the largest magnitude of the block in partials; Half in units
+//                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
 //                   CODES      the same, quantised with a given scale
-//   Out         of PRODUCT and ACTIVATED: Half | float
+//   Out         PRODUCT: Half | float
 //   Bias        None | Half | Bfloat16 | float
 //   ACT         activation (enum Act), used unless END is PRODUCT
 //   PER_CHANNEL one weight scale per column instead of one or two per expert

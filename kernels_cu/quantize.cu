@@ -9,7 +9,7 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
-//   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials; Half is in units then
+//   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
 
 constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_tokens that are loaded before the first is used
 
@@ -82,7 +82,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const int* src2dst_map,                   // (tokens, topk): row or -1; null: row = token
     const int* row_experts,                   // (rows,), read if PER_EXPERT or FRESH; a row of expert -1 is left out
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
-    const u8* units,                          // of FRESH Half with out_cols columns, see index_of_unit
     const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
     float scale_value,
@@ -116,14 +115,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         const int col = (first + i * int(blockDim.x)) * VECTOR;
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-        if (wanted && col < cols) {
-            load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
-            if constexpr (FRESH && sizeof(In) == sizeof(Half)) {
-                const float unit = power_of_two(units[index_of_unit(token, col, out_cols)]);
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) v[i][j] *= unit;
-            }
-        }
+        if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
     if constexpr (MODE == TOKEN) largest = block_max(largest);

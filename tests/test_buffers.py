@@ -20,10 +20,8 @@ BASE = 1 << 40
 FIXED = 5 * MIB
 
 
-KINDS = {
-    "cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 token": Sm90Gemms, "sm90 static": Sm90Gemms, "mma": MmaGemms
-}  # fmt: skip
-"""What GEMM 1 leaves depends on: the backend and, for our own kernels, where the scales of its codes come from."""
+KINDS = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 static": Sm90Gemms, "mma": MmaGemms}
+"""What GEMM 1 leaves depends on: the backend and, for our own kernels, whether the scale of its codes is given."""
 
 
 def make_layer(kind, experts, hidden, intermediate, *, gated=True):
@@ -31,8 +29,7 @@ def make_layer(kind, experts, hidden, intermediate, *, gated=True):
     address = SimpleNamespace(data=SimpleNamespace(ptr=0))
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
-        spec=SimpleNamespace(num_experts=experts, per_act_token=kind.endswith("token")),
-        expert_offsets=address, expert_counts=address,
+        spec=SimpleNamespace(num_experts=experts), expert_offsets=address, expert_counts=address,
         a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
         gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, None)),
     )  # fmt: skip
@@ -46,11 +43,8 @@ def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     """Bytes as docs/performance.md gives them."""
     product = (2 if gated else 1) * intermediate
     library = product * (4 if rows * product <= 1 << 20 else 2)
-    own, units = intermediate * 4, 0
-    if kind in ("sm90", "mma") and rows * intermediate > 1 << 20:
-        own, units = intermediate * 2, math.ceil(rows / 4) * intermediate // 2
-    inner = {"cublaslt": library, "sm90 static": 0}.get(kind, own)
-    first = up(rows * max(hidden, intermediate)) + up(rows * inner) + up(units)
+    inner = {"cublaslt": library, "sm90 static": 0}.get(kind, intermediate * 4)
+    first = up(rows * max(hidden, intermediate)) + up(rows * inner)
     second = up(rows * intermediate) + up(rows * hidden * 2)
     if kind == "sm90 static":
         second += up(rows * hidden)
@@ -88,7 +82,6 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
     blocks = 1 if rows <= 4096 else -(-rows // 1024)
     scales_and_maps = buffers.x_scales, buffers.a_scales, *buffers.maps[2:]
     always = [(start, start + rows * 4) for start in scales_and_maps]
-    units = (rows + 3) // 4 * buffers.inner.pitch // 2 if buffers.inner.dtype == "float16" and kind != "cublaslt" else 0
     always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))
     steps = [(buffers.x, buffers.inner), (buffers.inner, buffers.a), (buffers.a, buffers.y)]
     if kind == "sm90 static":
@@ -96,8 +89,6 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
         steps = [(buffers.x, buffers.a), (buffers.a, buffers.y)]  # GEMM 1 reads the one and writes the other
     for step in steps:
         ranges = sorted([*map(range_of, step), *always])
-        if buffers.inner in step:
-            ranges = sorted([*ranges, (buffers.units, buffers.units + units)])
         assert ranges[0][0] >= BASE
         assert all(ranges[i][1] <= ranges[i + 1][0] for i in range(len(ranges) - 1))
         assert ranges[-1][1] <= BASE + buffers.nbytes

@@ -83,7 +83,7 @@ def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_exp
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     return lambda: launches.quantize(
         0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
-        weighted=weighted, scale=scale, fresh=fresh, units=ADDRESS,
+        weighted=weighted, scale=scale, fresh=fresh,
     )  # fmt: skip
 
 
@@ -125,8 +125,7 @@ def calls():
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
-    made += [quantize(dtype, mode, (aligned, True), fresh=True) for dtype, mode, aligned in itertools.product(
-        ("float32", "float16"), ("TENSOR", "TOKEN"), (True, False))]  # fmt: skip
+    made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
@@ -147,13 +146,13 @@ def calls():
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True) for bias in biases]
-        made += [grouped_gemm(sm90, tile, "ACTIVATED", out, act, biases[i % 4], i // 4 % 2 > 0, i % 3 == 2)
-                 for out in ("float32", "float16") for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
+        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 3 == 2)
+                 for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
     for (t, tile), fp8 in itertools.product(enumerate(mma.TILES), (True, False)):
         made += [grouped_gemm(mma, tile, "PRODUCT", out, fp8=fp8) for out in ("float16", "float32")]
         made += [grouped_gemm(mma, tile, "CODES", "uint8", bias=biases[t], per_channel=True, fp8=fp8)]
-        made += [grouped_gemm(mma, tile, "ACTIVATED", out, act, biases[i % 4], i // 4 % 2 > 0, fp8=fp8)
-                 for out in ("float32", "float16") for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
+        made += [grouped_gemm(mma, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, fp8=fp8)
+                 for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
     for ids, tokens in itertools.product(("int32", "int64"), (9, 40000)):
         made.append(lambda i=ids, t=tokens: launches.route(0, ADDRESS, i, t, 2, 64, MAPS, tables=Tables()))
         made.append(lambda i=ids, t=tokens: launches.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))

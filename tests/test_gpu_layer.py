@@ -29,7 +29,7 @@ from gpu_cases import (
     same_bits,
 )  # fmt: skip
 
-from cupy_moe import Experts, Workspace, backend, gemms, products, reference
+from cupy_moe import Experts, Workspace, backend, products, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -228,10 +228,3 @@ def test_random_layers(case):
     ids_of = experts + 3 if "expert_map" in options else experts
     wide = normal(case, (tokens, hidden + offset), dtype)
     check_layer(layer, wide[:, offset:], *make_routing(case, tokens, topk, ids_of, routing))
-
-
-@pytest.mark.parametrize("case", range(40))
-def test_random_layers_in_float16(case, monkeypatch):
-    """The same layers with what large calls leave between the GEMMs."""
-    monkeypatch.setattr(gemms, "FINE_ELEMENTS", 0)
-    test_random_layers(case)

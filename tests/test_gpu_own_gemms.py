@@ -11,7 +11,6 @@
 | experts | `make_schedule` over several warps of experts, `Place.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
 | NaN | what shares a tile with a row or a weight of NaN |
-| units | rows of all sizes, zeros, infinity and NaN in one tile, in float16 with a unit for each warp |
 | ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
 | large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
 | random | all of this in changing company |
@@ -121,22 +120,6 @@ def test_ends(tile, seed):
     for cols, k, x_kind, kind in sizes:
         Layer(seed, all_edges(tile.kernel), cols, k, kind=kind, x_kind=x_kind).check(tile, per_expert=cols % 16 > 0)
     Layer(seed, [0] * 40, 16, 48).check(tile)
-
-
-@pytest.mark.parametrize("tile", ALL, ids=str)
-@pytest.mark.parametrize("act", ["silu", "relu2_no_mul"])
-def test_units(act, tile, seed):
-    """Each expert twice: with rows of all sizes side by side, and with rows of one size."""
-    counts = np.repeat(edges(tile), 2)
-    layer = Layer(seed, counts, 136, 144, act=act)  # n is no multiple of 128
-    rng, sizes = np.random.default_rng(seed), np.float32([1, 1e-20, 1e15, 0, np.inf, 1e-37, np.nan, 1e-8, 3e38])
-    for expert, count in enumerate(counts):
-        size = rng.choice(sizes, count if expert % 2 else 1)
-        layer.x_scale[layer.rows_of(expert)] *= cupy.asarray(size)
-    values = layer.run("float32", layer.pitch, layer.end("ACTIVATED"), tile, paired=layer.gated)
-    layer.check_in_units(tile, values)
-    finite = values[cupy.isfinite(values)]
-    assert float(layer.partials.max()) == float(abs(finite).max())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

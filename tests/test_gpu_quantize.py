@@ -18,9 +18,8 @@ from gpu_cases import (
 )
 
 import cupy_moe
-from cupy_moe import e4m3, launches, reference
+from cupy_moe import e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.launches import Matrix
 
 pytestmark = pytest.mark.gpu
 
@@ -102,33 +101,6 @@ def test_quantize_special_rows(per_token, seed):
     check_quantize(cupy.asarray(x[:3] * 1e-6), per_token=per_token)
     check_quantize(cupy.zeros((3, 40), np.float16), per_token=per_token)
     assert cupy_moe.quantize_fp8(cupy.zeros((0, 40), np.float16), per_token=per_token)[0].shape == (0, 40)
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("cols", [16, 37, 1024, 2888])
-def test_quantize_in_units(cols, per_token, seed):
-    """What a GEMM of our own leaves in float16: the codes are those of what it stands for."""
-    rows, pitch, rng = 83, -(-cols // 16) * 16, np.random.default_rng(seed)
-    owners, _ = sorted_rows(seed, rows, 4)
-    x, exponents = normal(seed, (rows, pitch), "float16"), rng.integers(100, 140, (rows + 1, pitch // 8))
-    x[3], x[5, 2], x[6, 7], x[7, :3] = 0, np.nan, np.inf, cupy.asarray([6e-8, 32752, -0.0], np.float16)
-    values = np.ldexp(host(x).astype(np.float32), np.repeat(exponents[:rows], 8, axis=1) - 127)[:, :cols]
-    x[:, cols:], x[-3:], exponents[-4:] = np.nan, np.nan, 0xFF  # of no row of an expert
-    units = cupy.asarray(exponents.reshape(-1, 4, pitch // 8).transpose(0, 2, 1).astype(np.uint8))
-    want_codes, want_scale = reference.quantize_fp8(values[:-3], per_token=per_token)
-    partials, scale = cupy.zeros(launches.PARTIALS, np.float32), cupy.zeros((rows, 1), np.float32)
-    partials[7] = abs(values[:-3][np.isfinite(values[:-3])]).max()
-    codes = cupy.full((rows, pitch), 0x7F, np.uint8)
-    for launch in launches.quantize(
-        0, "TOKEN" if per_token else "TENSOR", Matrix(x.data.ptr, pitch, "float16"), rows, cols,
-        Matrix(codes.data.ptr, pitch, "uint8"), pitch, row_experts=owners.data.ptr, units=units.data.ptr,
-        partials=partials.data.ptr, scale_out=scale.data.ptr, fresh=True,
-    ):  # fmt: skip
-        launch(cupy.cuda.get_current_stream().ptr)
-    assert_equal(codes[:-3, :cols], want_codes)
-    assert not codes[:-3, cols:].any()
-    assert bool((codes[-3:] == 0x7F).all())
-    assert_equal(scale[:-3] if per_token else scale[0], want_scale)
 
 
 # ---- activation_quantize ------------------------------------------------------------------------------------------
