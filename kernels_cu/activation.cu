@@ -13,7 +13,7 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
-constexpr int IN_FLIGHT = 3;  // vectors of a thread of amax_rows that are loaded before the first is used
+constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_rows that are loaded before the first is used
 
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_scaled(const Source& source, int row, int e
     // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
     if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
     const int count = source.cols - col;
-    load_vector<IN_ALIGNED, PER_CHANNEL>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
+    load_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
     const long long at = (long long)expert * source.w_scale_stride + up * source.w_scale_up;
     float scale[VECTOR], shift[VECTOR];
     if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(source.w_scale + at + col, count, scale);

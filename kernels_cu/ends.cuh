@@ -55,9 +55,9 @@ struct Scales {
 };
 
 // A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
-// is negative). Column `col` of the result is where this thread's pair of channels begins; sum[4 * j + 2 * h + i] is half h
+// is negative; at most FIRST, a multiple of 8). Column `col` of the result is where this thread's pair of channels begins; sum[4 * j + 2 * h + i] is half h
 // of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if ACTIVATED.
-template <int COUNT>
+template <int COUNT, int FIRST = COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
                                         const float (&sum)[COUNT / 2]) {
     const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
@@ -67,7 +67,7 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
     u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
     const u32 pitch = u32(end.pitch) * SIZE;
 #pragma unroll
-    for (int k = 0; k < COUNT / 4; ++k) {
+    for (int k = 0; k < FIRST / 4; ++k) {
         // Rows that do not exist are calculated too, and what is not stored has no branch: all rows overlap.
         const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
         const bool exists = down < rows;

@@ -24,20 +24,28 @@
 //   Bias        None | Half | Bfloat16 | float
 //   ACT         activation (enum Act), used unless END is PRODUCT
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
-// and the functions wgmma for ROWS and what is left of it in the last tile of an expert.
+// and the functions wgmma for `width`.
 
 constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle
 constexpr int CHANNELS = 128;
 constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
-constexpr int HALF = (ROWS / 2 + 7) / 8 * 8, QUARTER = (ROWS / 4 + 7) / 8 * 8;  // multiples of 8, as N of wgmma has to be
+constexpr int WIDEST = 160;  // rows whose product under way fits into the registers beside the sums
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
 
 // ---- multiplication ---------------------------------------------------------------------------------------------
+// N of wgmma has to be a multiple of 8. The last tile of an expert may have few rows: there are multiplications for one to
+// all PIECES of ROWS, up to such a multiple.
+constexpr int PIECES = ROWS > WIDEST ? 4 : 8;
+__device__ constexpr int width(int pieces) {
+    const int rows = (ROWS * pieces + PIECES - 1) / PIECES, multiple = rows > WIDEST ? 16 : 8;  // of two passes, each
+    return (rows + multiple - 1) / multiple * multiple;
+}
+
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
 // bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) { return u64(address) | u64(1024 >> 4) << 32 | u64(1) << 62; }
@@ -121,7 +129,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
 // added to the sum on its own. Many rows take two passes: there are registers for one product under way.
 template <int COLS>
 __device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, Slot& slot, int stages) {
-    constexpr int PASSES = COLS > 160 ? 2 : 1, WIDTH = COLS / PASSES;
+    constexpr int PASSES = COLS > WIDEST ? 2 : 1, WIDTH = COLS / PASSES;
     const auto release = [&](int stage) {
         const int lane = threadIdx.x % LANES;
         if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
@@ -165,6 +173,13 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ri
     for (int step = 0; step < steps; step += WINDOW) multiply_window<COLS>(sum, ring, slot, steps - step);
 }
 
+template <int N = 1>
+__device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps, int count) {
+    if constexpr (N == PIECES) multiply_tile<ROWS>(sum, ring, slot, steps);
+    else if (count <= width(N)) multiply_tile<width(N)>(sum, ring, slot, steps);
+    else multiply_rows<N + 1>(sum, ring, slot, steps, count);
+}
+
 // Returns the largest finite magnitude of this thread's results if ACTIVATED.
 __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Epilogue& end) {
     float largest = 0.0f;
@@ -176,11 +191,10 @@ __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups,
         const int col = GATED ? pair : 2 * pair;
         const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
-        // The last tile of an expert may have few rows.
-        if (at.count > HALF) multiply_tile<ROWS>(sum, ring, slot, groups.steps);
-        else if (at.count > QUARTER) multiply_tile<HALF>(sum, ring, slot, groups.steps);
-        else multiply_tile<QUARTER>(sum, ring, slot, groups.steps);
-        largest = fmaxf(largest, finish(end, at, scales, col, sum));
+        multiply_rows(sum, ring, slot, groups.steps, at.count);
+        const float mine = at.count > ROWS / 2 ? finish(end, at, scales, col, sum)
+                                               : finish<ROWS, ROWS / 2>(end, at, scales, col, sum);
+        largest = fmaxf(largest, mine);
     }
 }
 

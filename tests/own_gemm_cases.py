@@ -12,6 +12,7 @@ from gpu_cases import CODE_STD, cupy, host, normal, poison, random_codes, relati
 
 from cupy_moe import backend, e4m3, mma, sm90
 from cupy_moe.activations import ACTIVATIONS, activate
+from cupy_moe.grids import up
 from cupy_moe.launches import NO_BIAS, PARTIALS, UNSCALED, Bias, Matrix, RowScale, WeightScale
 from cupy_moe.tiles import End, Groups
 
@@ -57,8 +58,8 @@ def problem(kernel):
 def edges(tile):
     """Numbers of rows around everything that depends on ROWS."""
     rows = tile.rows
-    parts = (rows, rows // 2, rows // 4, -(-rows // 2 // 8) * 8, -(-rows // 4 // 8) * 8)  # the last two: HALF, QUARTER
-    return sorted({0, 1, 7, 8, 9, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
+    parts = {up(-(-rows * n // 8), multiple) for n in range(1, 9) for multiple in (1, 8, 16)}
+    return sorted({0, 1, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
 
 
 def all_edges(kernel):
