@@ -103,7 +103,7 @@ def route(case: Case, scheme: str) -> Step:
     maps, sums = (made[2], made[3], made[4]), (made[0], made[1])
     moved: list[tuple[Arrays, Arrays]] = [((case.ids,), (*sums, *maps))]
     if len(steps) > 1:
-        moved = [((case.ids,), (scratch,)), ((scratch,), (scratch, *sums)), ((case.ids, scratch), maps)]
+        moved = [((case.ids,), (scratch,)), ((case.ids, scratch), (*sums, *maps))]
     return Step(steps, moved, lambda: made[3].flatten().float(), want)
 
 

@@ -16,7 +16,9 @@ from cupy_moe.grids import STRETCH_THREADS, VECTOR, up
 MAX_THREADS = 1024
 ONE_LAUNCH_PAIRS = 4096
 """Up to this many (token, slot) pairs `route` takes one launch."""
-PAIRS_PER_BLOCK = 1024
+PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 1024, 256
+"""Where `route` takes two launches: pairs of a block, unless that would be more blocks than these, each of which reads
+the counts of all."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 _ROUTE_SHARED_BYTES = 96 * 1024
@@ -103,16 +105,20 @@ class Maps(NamedTuple):
 
 
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, one number per expert."""
+    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, two numbers per expert."""
     warps = min(max(up(pairs, 32) // 32, 4), 32)
-    while warps > 1 and (warps + 1) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
+    while warps > 1 and (warps + 2) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
         warps //= 2
-    return warps * 32, (warps + 1) * (experts | 1) * 4
+    return warps * 32, (warps + 2) * (experts | 1) * 4
+
+
+def _pairs_per_block(pairs: int) -> int:
+    return max(PAIRS_PER_BLOCK, up(-(-pairs // MOST_ROUTE_BLOCKS), 32))
 
 
 def route_blocks(pairs: int) -> int:
     """Blocks that `route` cuts ``pairs`` into; its scratch takes ``blocks * experts`` int32 if there are several."""
-    return 1 if pairs <= ONE_LAUNCH_PAIRS else -(-pairs // PAIRS_PER_BLOCK)
+    return 1 if pairs <= ONE_LAUNCH_PAIRS else -(-pairs // _pairs_per_block(pairs))
 
 
 def route(
@@ -136,19 +142,14 @@ def route(
         "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
         "tables": (tables or Tables())._asdict(),
     }
-    threads, shared = _route_threads(pairs if blocks == 1 else PAIRS_PER_BLOCK, experts)
+    per_block = _pairs_per_block(pairs)
+    threads, shared = _route_threads(pairs if blocks == 1 else per_block, experts)
     if blocks == 1:
         return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
-    split: dict[str, Any] = {**shape, "pairs_per_block": PAIRS_PER_BLOCK}
+    split: dict[str, Any] = {**shape, "pairs_per_block": per_block, "block_counts": scratch}
     return [
-        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, block_counts=scratch),
-        Launch(
-            kernel("route_scan"), (1, 1), MAX_THREADS, blocks=blocks, experts=experts, block_counts=scratch, **summed
-        ),
-        Launch(
-            kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed,
-            block_rows=scratch, expert_offsets=maps.expert_offsets,
-        ),
+        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split),
+        Launch(kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed, **summed),
     ]
 
 

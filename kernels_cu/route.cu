@@ -4,7 +4,7 @@
 // A block takes a stretch of pairs, each of its warps a consecutive part. Counting: each warp counts its pairs per expert
 // in its own row of a shared table. Prefix: a column of the table becomes the first position of each warp. Placing: each
 // warp goes through its pairs again and hands out positions in order. Few pairs take one launch (`route`); more take
-// three (`route_count`, `route_scan`, `route_place`), which are the same steps with a prefix over blocks in between.
+// two (`route_count`, `route_place`), which are the same steps with a prefix over blocks in between.
 //
 // Constant put in front of this text:
 //   Id          int | long long: the type of topk_ids
@@ -30,7 +30,7 @@ __device__ __forceinline__ int local_expert(const Shape& shape, int pair) {
     return id >= 0 && id < shape.experts ? int(id) : -1;
 }
 
-// Shared: a row of counts per warp, then one number per expert. An odd pitch keeps columns free of bank conflicts.
+// Shared: a row of counts per warp, then two numbers per expert. An odd pitch keeps columns free of bank conflicts.
 extern __shared__ int table[];
 __device__ __forceinline__ int pitch_of(int experts) { return experts | 1; }
 __device__ __forceinline__ int* per_expert(int experts) { return table + blockDim.x / LANES * pitch_of(experts); }
@@ -123,6 +123,20 @@ __device__ __forceinline__ void write_expert(int expert, int experts, int row, i
         if (tables.base[i]) tables.pointers[i * experts + expert] = (long long)(tables.base[i] + row * tables.pitch[i]);
 }
 
+// Calls visit(expert, its first row, its count) for each expert, by one thread; returns the number of rows. Every thread of
+// the block calls this, and has to have written its counts before.
+template <typename Visit>
+__device__ __forceinline__ int place_experts(int experts, const int* counts, Visit visit) {
+    int total = 0;
+    for (int base = 0; base < experts; base += blockDim.x) {
+        const int expert = base + threadIdx.x, count = expert < experts ? counts[expert] : 0;
+        const int row = block_exclusive_sum(count, total);
+        if (expert < experts) visit(expert, row, count);
+    }
+    __syncthreads();
+    return total;
+}
+
 // Rows past the last valid one.
 __device__ __forceinline__ void clear_tail(int first, int step, int begin, int pairs, int* dst2src_map, int* row_experts) {
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
@@ -136,18 +150,12 @@ extern "C" __global__ void route(
     wait_for_previous_kernel();
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     count_pairs(shape, 0, pairs);
-    int total = 0;
-    for (int base = 0; base < experts; base += blockDim.x) {
-        const int expert = base + threadIdx.x;
-        const int count = expert < experts ? per_expert(experts)[expert] : 0;
-        const int row = block_exclusive_sum(count, total);
-        if (expert >= experts) continue;
-        per_expert(experts)[expert] = row;
-        expert_offsets[expert] = row;
+    int* first = per_expert(experts);
+    const int total = place_experts(experts, first, [&](int expert, int row, int count) {
+        first[expert] = expert_offsets[expert] = row;
         write_expert(expert, experts, row, count, expert_counts, tables);
-    }
+    });
     if (threadIdx.x == 0) expert_offsets[experts] = total;
-    __syncthreads();
     place_pairs(shape, 0, pairs, dst2src_map, src2dst_map, row_experts);
     clear_tail(threadIdx.x, blockDim.x, total, pairs, dst2src_map, row_experts);
 }
@@ -165,46 +173,41 @@ extern "C" __global__ void route_count(
         block_counts[(long long)blockIdx.x * experts + expert] = per_expert(experts)[expert];
 }
 
-// One block: counts become the first row of each (block, expert).
-extern "C" __global__ void route_scan(
-    int blocks, int experts, int* block_counts, int* expert_offsets, int* expert_counts, Tables tables)
-{
-    wait_for_previous_kernel();
-    int total = 0;
-    for (int base = 0; base < experts; base += blockDim.x) {
-        const int expert = base + threadIdx.x;
-        int count = 0;
-        for (int block = 0; expert < experts && block < blocks; ++block)
-            count += block_counts[(long long)block * experts + expert];
-        const int first = block_exclusive_sum(count, total);
-        if (expert >= experts) continue;
-        expert_offsets[expert] = first;
-        write_expert(expert, experts, first, count, expert_counts, tables);
-        for (int block = 0, row = first; block < blocks; ++block) {
-            int& slot = block_counts[(long long)block * experts + expert];
-            const int n = slot;
-            slot = row;
-            row += n;
-        }
-    }
-    if (threadIdx.x == 0) expert_offsets[experts] = total;
-}
-
+// Each block adds up the counts itself: those of all blocks to the first rows of the experts, those of the blocks before it
+// to where its own pairs begin. Block 0 writes what belongs to the experts.
 extern "C" __global__ void route_place(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
-    const int* block_rows, const int* expert_offsets, int* dst2src_map, int* src2dst_map, int* row_experts)
+    const int* block_counts, int* expert_offsets, int* expert_counts, int* dst2src_map, int* src2dst_map,
+    int* row_experts, Tables tables)
 {
-    wait_for_previous_kernel();
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int begin = blockIdx.x * pairs_per_block;
     const int end = min(begin + pairs_per_block, pairs);
-    count_pairs(shape, begin, end);
-    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
-        per_expert(experts)[expert] = block_rows[(long long)blockIdx.x * experts + expert];
+    count_pairs(shape, begin, end);  // the ids are older than route_count
+    wait_for_previous_kernel();
+
+    int* first = per_expert(experts);
+    int* of_all = first + pitch_of(experts);
+    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) first[expert] = of_all[expert] = 0;
     __syncthreads();
+    const u32 counts = gridDim.x * experts, before = blockIdx.x * experts;
+#pragma unroll 4
+    for (u32 i = threadIdx.x; i < counts; i += blockDim.x) {
+        const int count = block_counts[i], expert = i % experts;
+        if (count == 0) continue;
+        atomicAdd(of_all + expert, count);
+        if (i < before) atomicAdd(first + expert, count);
+    }
+    __syncthreads();
+    const int total = place_experts(experts, of_all, [&](int expert, int row, int count) {
+        first[expert] += row;
+        if (blockIdx.x > 0) return;
+        expert_offsets[expert] = row;
+        write_expert(expert, experts, row, count, expert_counts, tables);
+    });
+    if (blockIdx.x == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
     place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
-    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, expert_offsets[experts], pairs, dst2src_map,
-               row_experts);
+    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, total, pairs, dst2src_map, row_experts);
 }
 
 // The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
