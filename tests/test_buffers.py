@@ -39,6 +39,11 @@ def up(nbytes):
     return -(-nbytes // 256) * 256
 
 
+def route_blocks(rows):
+    per_block = max(1024, 32 * math.ceil(math.ceil(rows / 256) / 32))
+    return 1 if rows <= 4096 else math.ceil(rows / per_block)
+
+
 def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     """Bytes as docs/performance.md gives them."""
     product = (2 if gated else 1) * intermediate
@@ -48,8 +53,7 @@ def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     second = up(rows * intermediate) + up(rows * hidden * 2)
     if kind == "sm90 static":
         second += up(rows * hidden)
-    blocks = 1 if rows <= 4096 else math.ceil(rows / 1024)
-    return max(first, second) + 5 * up(rows * 4) + up(blocks * experts * 4)
+    return max(first, second) + 5 * up(rows * 4) + up(route_blocks(rows) * experts * 4)
 
 
 def random_case(seed):
@@ -79,7 +83,7 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
     def range_of(matrix):
         return matrix.pointer, matrix.pointer + rows * matrix.pitch * matrix.itemsize
 
-    blocks = 1 if rows <= 4096 else -(-rows // 1024)
+    blocks = route_blocks(rows)
     scales_and_maps = buffers.x_scales, buffers.a_scales, *buffers.maps[2:]
     always = [(start, start + rows * 4) for start in scales_and_maps]
     always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))
