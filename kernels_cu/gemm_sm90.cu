@@ -2,7 +2,7 @@
 // Grouped GEMM for Hopper: each expert's fp8 rows times its fp8 weights, with the activation in the end of GEMM 1.
 //
 // A tile is CHANNELS weight rows by ROWS rows of activations, and the weights are the M side of wgmma: ROWS can be as small
-// as 8, so that a few rows cost no padding, and the same kernel serves many. One thread, the producer, keeps STAGES stages of
+// as 16, so that a few rows cost no padding, and the same kernel serves many. One thread, the producer, keeps STAGES stages of
 // both operands on their way into shared memory (TMA, 128 columns at a time); two consumer warpgroups multiply them, 64
 // weight rows each. The tiles are numbered by a schedule that every block works out itself from the row counts of the
 // experts; a block takes the next one that is left, so that none waits for another. Where rows are many, two blocks form a
@@ -34,6 +34,7 @@ constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS 
 constexpr int WIDEST = 160;  // rows whose product under way fits into the registers beside the sums
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
+static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
 
