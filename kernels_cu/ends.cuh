@@ -56,7 +56,8 @@ struct Scales {
 
 // A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
 // is negative; at most FIRST, a multiple of 8). Column `col` of the result is where this thread's pair of channels begins;
-// sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if ACTIVATED.
+// sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if
+// ACTIVATED.
 template <int COUNT, int FIRST = COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
                                         const float (&sum)[COUNT / 2]) {

@@ -193,9 +193,9 @@ __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups,
         const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
         multiply_rows(sum, ring, slot, groups.steps, at.count);
-        const float mine = at.count > ROWS / 2 ? finish(end, at, scales, col, sum)
-                                               : finish<ROWS, ROWS / 2>(end, at, scales, col, sum);
-        largest = fmaxf(largest, mine);
+        // Beside an end of half the rows the largest tiles would be short of registers.
+        const bool all = ROWS > WIDEST || at.count > ROWS / 2;
+        largest = fmaxf(largest, all ? finish(end, at, scales, col, sum) : finish<ROWS, ROWS / 2>(end, at, scales, col, sum));
     }
 }
 
