@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h100.json", "sweep_h100.json"
+SKEWED = "skewed_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
 

@@ -67,7 +67,8 @@ def more_results(monkeypatch, tmp_path):
 
     skewed = [{**record, "routing": "skewed", "us": 2 * record["us"]} for record in plain]
     other = [{**record, "backend": "other"} for record in plain if record["impl"] == "cupy_moe"]
-    save(summary.TABLE, uniform + skewed + other)
+    save(summary.TABLE, uniform + other)
+    save(summary.SKEWED, skewed)
     large = [{**record, "M": 32 * record["M"]} for record in plain if record["M"] >= 32]
     save(summary.PREFILL, [*large, *({**record, "impl": "torch", "backend": "gemms"} for record in large)])
     save(summary.SWEEP, [{**record, "M": 3 * record["M"]} for record in plain if record["shape"][0] == 64])
