@@ -142,10 +142,10 @@ def calls():
              for n in (1, 2, 4, 8, 16)]  # fmt: skip
     made += [lambda d=d, e=e: launches.topk_softmax(0, matrix(d, e, True), 9, e, 2, True, ADDRESS, ADDRESS)
              for d, e in zip((*FLOATS, "float16"), (8, 64, 160, 1024), strict=True)]  # fmt: skip
-    for tile in sm90.TILES:
+    for t, tile in enumerate(sm90.TILES):
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
-        made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True) for bias in biases]
+        made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=biases[t % 4], per_channel=True)]
         made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 3 == 2)
                  for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
     for (t, tile), fp8 in itertools.product(enumerate(mma.TILES), (True, False)):
