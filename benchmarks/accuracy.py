@@ -22,7 +22,7 @@ def gemm_accuracy(records: list[dict[str, Any]]) -> list[str]:
     titles = [f"{result}, {'fast' if fast else 'float32'} accumulation" for result, fast in columns]
     lines = [
         "Relative Frobenius error of the grouped GEMM against float64, the largest of the algorithms that the library "
-        "proposes. The layer uses float32 accumulation.",
+        "proposes. The backend `cublaslt` uses float32 accumulation.",
         "", f"| K | {' | '.join(titles)} |", "| --: |" + " --: |" * len(titles),
     ]  # fmt: skip
     for k in dict.fromkeys(key[0] for key in found):
@@ -45,9 +45,9 @@ def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
     ) if shares else ""  # fmt: skip
     titles = ("routing", "a1_scale", "median", "max", f"above {limit}", "all draws")
     lines = [
-        f"Relative Frobenius error of the layer, float32 out, over {first['draws']} draws of each cell; in brackets "
-        f"that of the reference on the same draws with noise of {first['noise']:.1e} of a row's root mean square in "
-        f"GEMM 1's product and no other deviation. {above[0]:.1%} of the draws exceed {limit}, with noise alone "
+        f"Relative Frobenius error of the layer with `cublaslt`, float32 out, over {first['draws']} draws of each "
+        "cell; in brackets that of the reference on the same draws with noise of "
+        f"{first['noise']:.1e} of a row's root mean square in GEMM 1's product and no other deviation. {above[0]:.1%} of the draws exceed {limit}, with noise alone "
         f"{above[1]:.1%}.{blame} The last two columns are of the noise: flipped codes per draw, and how many codes "
         "there are.",
         "", f"| E, topk, K, N | M | scales per | {' | '.join(titles)} | flips | codes |",

@@ -16,7 +16,6 @@ from typing import Any
 import kernels_cu
 from cupy_moe import driver
 from cupy_moe.driver import Kernel
-from cupy_moe.grids import up
 
 OPTIONS = ("--std=c++17",)
 TARGETS = {"gemm_sm90.cu": "sm_90a"}
@@ -40,15 +39,8 @@ def variant_source(file: str, constants: dict[str, Any]) -> str:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         lines.append(f"constexpr auto {name} = {text};" if name.isupper() else f"using {name} = {text};")
     if file in TARGETS:
-        lines += [kernels_cu.wgmma(columns) for columns in _wgmma_columns(constants["ROWS"])]
+        lines += [kernels_cu.wgmma(columns) for columns in range(8, constants["ROWS"] + 1, 8)]
     return "\n".join([kernels_cu.source("common.cuh"), *lines, _with_headers(file)])
-
-
-def _wgmma_columns(rows: int) -> list[int]:
-    """What ``width`` of ``gemm_sm90.cu`` comes to for a tile of ``rows`` rows, of which many take two passes."""
-    pieces = 4 if rows > 160 else 8
-    widths = [up(-(-rows * n // pieces), 8) for n in range(1, pieces + 1)]
-    return sorted({width if width <= 160 else up(width, 16) // 2 for width in widths})
 
 
 def _with_headers(file: str) -> str:

@@ -99,12 +99,13 @@ class OwnGemms:
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
         self._claims = dedicated((2, 2), np.int32)
-        self._w1, self._w2 = (
-            self.kernel.Weights(at, experts, n, k, paired=paired, batch_invariant=layer.spec.batch_invariant)
-            for at, n, k, paired in (
-                (w1, layer.product, layer.hidden, layer.spec.gated), (w2, layer.hidden, layer.intermediate, False)
-            )
-        )  # fmt: skip
+        invariant = layer.spec.batch_invariant
+        self._w1 = self.kernel.Weights(
+            w1, experts, layer.product, layer.hidden, paired=layer.spec.gated, batch_invariant=invariant
+        )
+        self._w2 = self.kernel.Weights(
+            w2, experts, layer.hidden, layer.intermediate, paired=False, batch_invariant=invariant
+        )
         self.unit = e4m3.half_unit(layer.intermediate)
 
     def inner(self, layer: Layer, rows: int) -> tuple[int, str]:

@@ -24,7 +24,7 @@
 //   Bias        None | Half | Bfloat16 | float
 //   ACT         activation (enum Act), used unless END is PRODUCT
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
-// and the functions wgmma for `width`.
+// and the functions wgmma for up to ROWS columns.
 
 constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle
 constexpr int CHANNELS = 128;
