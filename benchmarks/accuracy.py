@@ -46,10 +46,10 @@ def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
     titles = ("routing", "a1_scale", "median", "max", f"above {limit}", "all draws")
     lines = [
         f"Relative Frobenius error of the layer with `cublaslt`, float32 out, over {first['draws']} draws of each "
-        "cell; in brackets that of the reference on the same draws with noise of "
-        f"{first['noise']:.1e} of a row's root mean square in GEMM 1's product and no other deviation. {above[0]:.1%} of the draws exceed {limit}, with noise alone "
-        f"{above[1]:.1%}.{blame} The last two columns are of the noise: flipped codes per draw, and how many codes "
-        "there are.",
+        f"cell; in brackets that of the reference on the same draws with noise of {first['noise']:.1e} of a row's root "
+        "mean square in GEMM 1's product and no other deviation. "
+        f"{above[0]:.1%} of the draws exceed {limit}, with noise alone {above[1]:.1%}.{blame} The last two columns are "
+        "of the noise: flipped codes per draw, and how many codes there are.",
         "", f"| E, topk, K, N | M | scales per | {' | '.join(titles)} | flips | codes |",
         "| --- | --: | --- | --- | --- |" + " --: |" * 6,
     ]  # fmt: skip

@@ -70,7 +70,7 @@ struct Ring {
 };
 
 // A stage of the ring, and the parity of the round: that of the barriers' phase.
-struct Slot {
+struct RingState {
     int stage = 0;
     u32 parity = 0;
     __device__ __forceinline__ void next() {
@@ -103,50 +103,50 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
         for (int stage = 0; stage < early; ++stage) copy_rows_of(stage, ring.place(stage).row, stage % groups.steps);
     };
     Walk at(entries);
-    Slot slot;
+    RingState state;
     int wave = 0;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + atomicAdd(groups.claims, 1);
-        for (int step = 0; step < groups.steps; ++step, slot.next()) {
+        for (int step = 0; step < groups.steps; ++step, state.next()) {
             if (!waited && early == STAGES) wait_for_rows();
-            wait(ring.empty(slot.stage), slot.parity ^ 1);  // passes in the first round
-            ring.place(slot.stage) = at;
-            expect_bytes(ring.full(slot.stage), STAGE_BYTES);
-            copy_weights(ring.stage(slot.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
-                         ring.full(slot.stage));
-            if (waited) copy_rows_of(slot.stage, at.row, step);
+            wait(ring.empty(state.stage), state.parity ^ 1);  // passes in the first round
+            ring.place(state.stage) = at;
+            expect_bytes(ring.full(state.stage), STAGE_BYTES);
+            copy_weights(ring.stage(state.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
+                         ring.full(state.stage));
+            if (waited) copy_rows_of(state.stage, at.row, step);
             else ++early;
         }
     }
     if (!waited) wait_for_rows();
-    wait(ring.empty(slot.stage), slot.parity ^ 1);
-    ring.place(slot.stage).count = 0;
-    arrive(ring.full(slot.stage));
+    wait(ring.empty(state.stage), state.parity ^ 1);
+    ring.place(state.stage).count = 0;
+    arrive(ring.full(state.stage));
     if (CLUSTER == 1 && atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
 // Up to WINDOW stages, the first COLS rows. The accumulators of the tensor cores hold fewer bits than float32: each window is
 // added to the sum on its own. Many rows take two passes: there are registers for one product under way.
 template <int COLS>
-__device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, Slot& slot, int stages) {
+__device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, RingState& state, int stages) {
     constexpr int PASSES = COLS > WIDEST ? 2 : 1, WIDTH = COLS / PASSES;
     const auto release = [&](int stage) {
         const int lane = threadIdx.x % LANES;
         if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
     };
-    const Slot first = slot;
+    const RingState first = state;
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
         const bool last_pass = pass == PASSES - 1;
         float part[WIDTH / 2];
-        slot = first;
-        int before = slot.stage;
+        state = first;
+        int before = state.stage;
 #pragma unroll
         for (int i = 0; i < WINDOW; ++i) {
             if (i > 0 && i >= stages) break;
-            if (pass == 0) wait(ring.full(slot.stage), slot.parity);
-            const u8* weights = ring.stage(slot.stage);
+            if (pass == 0) wait(ring.full(state.stage), state.parity);
+            const u8* weights = ring.stage(state.stage);
             const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
             const u32 b = shared_address(weights + WEIGHT_BYTES + pass * (WIDTH * STEP)) / 16;
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -157,8 +157,8 @@ __device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& 
                 wait_for_products<1>();
                 if (last_pass) release(before);
             }
-            before = slot.stage;
-            slot.next();
+            before = state.stage;
+            state.next();
         }
         wait_for_products<0>();
         if (last_pass) release(before);
@@ -170,29 +170,29 @@ __device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& 
 }
 
 template <int COLS>
-__device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps) {
-    for (int step = 0; step < steps; step += WINDOW) multiply_window<COLS>(sum, ring, slot, steps - step);
+__device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps) {
+    for (int step = 0; step < steps; step += WINDOW) multiply_window<COLS>(sum, ring, state, steps - step);
 }
 
 template <int N = 1>
-__device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ring, Slot& slot, int steps, int count) {
-    if constexpr (N == PIECES) multiply_tile<ROWS>(sum, ring, slot, steps);
-    else if (count <= width(N)) multiply_tile<width(N)>(sum, ring, slot, steps);
-    else multiply_rows<N + 1>(sum, ring, slot, steps, count);
+__device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps, int count) {
+    if constexpr (N == PIECES) multiply_tile<ROWS>(sum, ring, state, steps);
+    else if (count <= width(N)) multiply_tile<width(N)>(sum, ring, state, steps);
+    else multiply_rows<N + 1>(sum, ring, state, steps, count);
 }
 
 // Returns the largest finite magnitude of this thread's results if ACTIVATED.
 __device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Epilogue& end) {
     float largest = 0.0f;
-    for (Slot slot;;) {
-        wait(ring.full(slot.stage), slot.parity);
-        const Place at = ring.place(slot.stage);
+    for (RingState state;;) {
+        wait(ring.full(state.stage), state.parity);
+        const Place at = ring.place(state.stage);
         if (at.count == 0) return largest;
         const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
         const int col = GATED ? pair : 2 * pair;
         const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
-        multiply_rows(sum, ring, slot, groups.steps, at.count);
+        multiply_rows(sum, ring, state, groups.steps, at.count);
         // Beside an end of half the rows the largest tiles would be short of registers.
         const bool all = ROWS > WIDEST || at.count > ROWS / 2;
         largest = fmaxf(largest, all ? finish(end, at, scales, col, sum) : finish<ROWS, ROWS / 2>(end, at, scales, col, sum));
