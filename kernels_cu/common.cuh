@@ -193,6 +193,12 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
     return x;
 }
 
+// What nobody reads again need not go from the L2 cache to memory: leaves LINE bytes, at a multiple of that, undetermined.
+[[maybe_unused]] constexpr int LINE = 128;
+__device__ __forceinline__ void discard_line(const void* p) {
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
+}
+
 // Eight elements from p as floats. ALIGNED: one or two 16-byte loads (8 bytes of fp8), all eight exist. Otherwise element
 // by element, zeros from `count` on. ONCE: nobody else reads them.
 template <bool ALIGNED, bool ONCE = false, typename T>
