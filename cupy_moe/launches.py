@@ -14,9 +14,9 @@ from cupy_moe.driver import Kernel, Launch
 from cupy_moe.grids import STRETCH_THREADS, VECTOR, up
 
 MAX_THREADS = 1024
-ONE_LAUNCH_PAIRS = 4096
+ONE_LAUNCH_PAIRS = 512
 """Up to this many (token, slot) pairs `route` takes one launch."""
-PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 1024, 256
+PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
 """Where `route` takes two launches: pairs of a block, unless that would be more blocks than these, each of which reads
 the counts of all."""
 PARTIALS = 256

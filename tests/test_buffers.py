@@ -40,8 +40,8 @@ def up(nbytes):
 
 
 def route_blocks(rows):
-    per_block = max(1024, 32 * math.ceil(math.ceil(rows / 256) / 32))
-    return 1 if rows <= 4096 else math.ceil(rows / per_block)
+    per_block = max(512, 32 * math.ceil(math.ceil(rows / 128) / 32))
+    return 1 if rows <= 512 else math.ceil(rows / per_block)
 
 
 def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
