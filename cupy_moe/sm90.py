@@ -49,12 +49,14 @@ PREFERRED = (
     Preference(90, Tile(96, 6)),
     Preference(115, Tile(128, 6)),
     Preference(170, Tile(160, 5)),
-    Preference(230, Tile(224, 5, window=2)),
-    Preference(float("inf"), Tile(160, 5, window=2), below_k=4096),
-    Preference(400, Tile(160, 5, cluster=2, window=2)),
-    Preference(float("inf"), Tile(256, 4, cluster=2, window=2)),
+    Preference(230, Tile(208, 5, window=2)),
+    Preference(300, Tile(144, 6, window=2), below_k=4096),
+    Preference(400, Tile(160, 6, cluster=2, window=2)),
+    Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
+    Preference(3000, Tile(192, 5, cluster=2, window=2)),
+    Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
-_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, more=(Tile(224, 5, cluster=2, window=2),))
+_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED)
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 

@@ -34,7 +34,7 @@ class Preference(NamedTuple):
 
 
 class Tiles(Generic[T]):
-    """The tiles of a kernel: those that are ``preferred`` for some number of rows, and ``more`` that tuning tries.
+    """The tiles of a kernel, each ``preferred`` for some number of rows.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class Tiles(Generic[T]):
         What tuning tries.
     """
 
-    def __init__(self, backend: str, preferred: Sequence[Preference], more: Sequence[T] = ()) -> None:
+    def __init__(self, backend: str, preferred: Sequence[Preference]) -> None:
         self._backend, self._preferred = backend, preferred
-        self.all: tuple[T, ...] = (*(entry.tile for entry in preferred), *more)
+        self.all: tuple[T, ...] = tuple(entry.tile for entry in preferred)
 
     def key(self, device: int, weights: Weights, rows: int) -> str:
         """Under which `tuning` finds the tile for ``rows`` rows in all."""
@@ -106,7 +106,8 @@ def constants(end: End, out: Matrix) -> dict[str, Any]:
     out_type = out.dtype if end.kind == "PRODUCT" else "float32"  # the others know theirs
     return {
         "END": end.kind, "Out": compiler.CUDA_TYPES[out_type], "Bias": compiler.CUDA_TYPES.get(end.bias.dtype, "None"),
-        "ACT": end.activation.upper(), "PER_CHANNEL": end.w_scale.per_channel,
+        "ACT": end.activation.upper(), "ROW_SCALES": bool(end.x_scale.row_stride),
+        "PER_CHANNEL": end.w_scale.per_channel,
     }
 
 
@@ -116,7 +117,7 @@ def epilogue(end: End, out: Matrix) -> dict[str, Any]:
     return {
         "out": out.pointer, "pitch": out.pitch, "cols": end.cols or out.pitch, "out_cols": out.pitch,
         "unit": 1 / end.unit if bare else end.x_scale.times(1.0), "x_scale": end.x_scale.pointer,
-        "x_scale_row_stride": end.x_scale.row_stride, "x_scale_expert_stride": end.x_scale.expert_stride,
+        "x_scale_expert_stride": end.x_scale.expert_stride,
         "w_scale": end.w_scale.pointer, "w_scale_stride": end.w_scale.stride, "w_scale_up": end.w_scale.up_offset,
         "bias": end.bias.pointer, "scale_in": end.scale.pointer, "scale_value": end.scale.value,
         "scale_expert_stride": end.scale.expert_stride, "partials": end.partials,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ends of a grouped GEMM: what a warp does with the sums of a finished tile, by the constants END, Out, Bias, ACT and
-// PER_CHANNEL of the kernel. The weights are the M side of the instructions, and the kernel puts them in such an order that
+// The ends of a grouped GEMM: what a warp does with the sums of a finished tile, by the constants END, Out, Bias, ACT,
+// ROW_SCALES and PER_CHANNEL of the kernel. The weights are the M side of the instructions, and the kernel puts them in such an order that
 // each 16 rows of a fragment are
 //   GATED       8 gates, then the 8 ups of the same channels: a thread holds both sides of a product
 //   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
@@ -13,8 +13,8 @@ struct Epilogue {
     int cols;                  // columns that exist; zeros up to out_cols if CODES
     int out_cols;
     float unit;                // PRODUCT: factor; else of the row scales
-    const float* x_scale;      // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
-    int x_scale_row_stride, x_scale_expert_stride;
+    const float* x_scale;      // [row] if ROW_SCALES, else [expert * x_scale_expert_stride]; null: 1
+    int x_scale_expert_stride;
     const float* w_scale;      // [expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
     int w_scale_stride, w_scale_up;
     const Bias* bias;          // (experts, 2 * cols), or (experts, cols) if not gated
@@ -38,19 +38,27 @@ struct Channel {
 // What the end of a tile needs from memory, loaded before the multiplication so that nothing waits for it afterwards.
 template <int COUNT>  // rows of the tile that a warp has, a multiple of 8
 struct Scales {
-    float rows[(COUNT + LANES - 1) / LANES];  // row LANES * i + lane at i, to be multiplied by unit
+    // To be multiplied by unit: that of row LANES * i + lane at i, or one for all.
+    float rows[ROW_SCALES ? (COUNT + LANES - 1) / LANES : 1];
     Channel first, second;                    // of this thread's pair of channels
     float code;                               // of CODES
     __device__ __forceinline__ Scales(const Epilogue& end, const Place& at, int col)
         : first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED),
           code(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f) {
-        const float* from = end.x_scale ? end.x_scale + at.expert * end.x_scale_expert_stride : nullptr;
+        if constexpr (ROW_SCALES) {
 #pragma unroll
-        for (int i = 0; i < (COUNT + LANES - 1) / LANES; ++i) {
-            const int within = LANES * i + threadIdx.x % LANES;
-            rows[i] = 1.0f;
-            if (from && within < at.count) rows[i] = from[(at.row + within) * end.x_scale_row_stride];
+            for (int i = 0; i < (COUNT + LANES - 1) / LANES; ++i) {
+                const int within = LANES * i + threadIdx.x % LANES;
+                rows[i] = 1.0f;
+                if (within < at.count) rows[i] = end.x_scale[at.row + within];
+            }
+        } else {
+            rows[0] = pick(end.x_scale, at.expert * end.x_scale_expert_stride, 1.0f);
         }
+    }
+    // That of row down + first, for a `down` known when this is compiled and a `first` below 8.
+    __device__ __forceinline__ float of_row(int down, int first) const {
+        return ROW_SCALES ? __shfl_sync(FULL_WARP, rows[down / LANES], down % LANES + first) : rows[0];
     }
 };
 
@@ -80,7 +88,7 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             from_float(b * end.unit, two.b);
             if (exists) *reinterpret_cast<Two*>(to) = two;
         } else {
-            const float row_scale = __shfl_sync(FULL_WARP, scales.rows[down / LANES] * end.unit, down % LANES + first_row);
+            const float row_scale = scales.of_row(down, first_row) * end.unit;
             const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
             if constexpr (END == ACTIVATED) {

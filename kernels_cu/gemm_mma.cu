@@ -11,7 +11,7 @@
 //   ROWS        rows of activations per tile, a multiple of 16
 //   STAGES      stages in shared memory
 //   FP8         the tensor cores multiply e4m3 (from compute capability 8.9 on); otherwise float16, unpacked in registers
-// and END, Out, Bias, ACT and PER_CHANNEL as in gemm_sm90.cu.
+// and END, Out, Bias, ACT, ROW_SCALES and PER_CHANNEL as in gemm_sm90.cu.
 
 constexpr int STEP = 128;      // columns of a stage
 constexpr int CHANNELS = 128;

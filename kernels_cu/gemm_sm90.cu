@@ -23,6 +23,7 @@
 //   Out         PRODUCT: Half | float
 //   Bias        None | Half | Bfloat16 | float
 //   ACT         activation (enum Act), used unless END is PRODUCT
+//   ROW_SCALES  one scale of activations per row instead of one for all or per expert
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 // and the functions wgmma for up to ROWS columns.
 
@@ -31,7 +32,6 @@ constexpr int CHANNELS = 128;
 constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
-constexpr int WIDEST = 160;  // rows whose product under way fits into the registers beside the sums
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
@@ -41,10 +41,10 @@ __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() :
 // ---- multiplication ---------------------------------------------------------------------------------------------
 // N of wgmma has to be a multiple of 8. The last tile of an expert may have few rows: there are multiplications for one to
 // all PIECES of ROWS, up to such a multiple.
-constexpr int PIECES = ROWS > WIDEST ? 4 : 8;
+constexpr int PIECES = 8;
 __device__ constexpr int width(int pieces) {
-    const int rows = (ROWS * pieces + PIECES - 1) / PIECES, multiple = rows > WIDEST ? 16 : 8;  // of two passes, each
-    return (rows + multiple - 1) / multiple * multiple;
+    const int rows = (ROWS * pieces + PIECES - 1) / PIECES;
+    return (rows + 7) / 8 * 8;
 }
 
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
@@ -127,51 +127,44 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
 }
 
 // Up to WINDOW stages, the first COLS rows. The accumulators of the tensor cores hold fewer bits than float32: each window is
-// added to the sum on its own. Many rows take two passes: there are registers for one product under way.
+// added to the sum on its own.
 template <int COLS>
 __device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, RingState& state, int stages) {
-    constexpr int PASSES = COLS > WIDEST ? 2 : 1, WIDTH = COLS / PASSES;
     const auto release = [&](int stage) {
         const int lane = threadIdx.x % LANES;
         if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
     };
-    const RingState first = state;
+    float part[COLS / 2];
+    int before = state.stage;
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const bool last_pass = pass == PASSES - 1;
-        float part[WIDTH / 2];
-        state = first;
-        int before = state.stage;
+    for (int i = 0; i < WINDOW; ++i) {
+        if (i > 0 && i >= stages) break;
+        wait(ring.full(state.stage), state.parity);
+        const u8* weights = ring.stage(state.stage);
+        const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
+        const u32 b = shared_address(weights + WEIGHT_BYTES) / 16;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < WINDOW; ++i) {
-            if (i > 0 && i >= stages) break;
-            if (pass == 0) wait(ring.full(state.stage), state.parity);
-            const u8* weights = ring.stage(state.stage);
-            const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
-            const u32 b = shared_address(weights + WEIGHT_BYTES + pass * (WIDTH * STEP)) / 16;
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int k = 0; k < STEP / 32; ++k) wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), i > 0 || k > 0);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            if (i > 0) {
-                wait_for_products<1>();
-                if (last_pass) release(before);
-            }
-            before = state.stage;
-            state.next();
+        for (int k = 0; k < STEP / 32; ++k) wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), i > 0 || k > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (i > 0) {
+            wait_for_products<1>();
+            release(before);
         }
-        wait_for_products<0>();
-        if (last_pass) release(before);
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; ++i) sum[pass * (WIDTH / 2) + i] += part[i];
+        before = state.stage;
+        state.next();
     }
+    wait_for_products<0>();
+    release(before);
+#pragma unroll
+    for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
+#pragma unroll
+    for (int i = 0; i < COLS / 2; ++i) sum[i] += part[i];
 }
 
 template <int COLS>
 __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps) {
-    for (int step = 0; step < steps; step += WINDOW) multiply_window<COLS>(sum, ring, state, steps - step);
+    for (int left = steps; left > 0; left -= WINDOW) multiply_window<COLS>(sum, ring, state, left);
 }
 
 template <int N = 1>
@@ -181,21 +174,24 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ri
     else multiply_rows<N + 1>(sum, ring, state, steps, count);
 }
 
-// Returns the largest finite magnitude of this thread's results if ACTIVATED.
-__device__ __forceinline__ float consume(const Ring& ring, const Groups& groups, const Epilogue& end) {
-    float largest = 0.0f;
+// Raises `largest` to the bits of the largest finite magnitude of the results if ACTIVATED.
+__device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, const Epilogue& end, u32* largest) {
     for (RingState state;;) {
         wait(ring.full(state.stage), state.parity);
         const Place at = ring.place(state.stage);
-        if (at.count == 0) return largest;
+        if (at.count == 0) return;
         const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES * 8 + threadIdx.x % LANES / 4;
         const int col = GATED ? pair : 2 * pair;
         const Scales<ROWS> scales(end, at, col);
         float sum[SUMS] = {};
         multiply_rows(sum, ring, state, groups.steps, at.count);
-        // Beside an end of half the rows the largest tiles would be short of registers.
-        const bool all = ROWS > WIDEST || at.count > ROWS / 2;
-        largest = fmaxf(largest, all ? finish(end, at, scales, col, sum) : finish<ROWS, ROWS / 2>(end, at, scales, col, sum));
+        // Beside an end of half the rows the largest tile would be short of registers.
+        const bool all = ROWS > 192 || at.count > ROWS / 2;
+        const float mine = all ? finish(end, at, scales, col, sum) : finish<ROWS, ROWS / 2>(end, at, scales, col, sum);
+        if constexpr (END == ACTIVATED) {
+            const u32 of_warp = __reduce_max_sync(FULL_WARP, __float_as_uint(mine));
+            if (threadIdx.x % LANES == 0) atomicMax(largest, of_warp);
+        }
     }
 }
 
@@ -229,12 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous_kernel();
-        float largest = consume(ring, groups, end);
-        if constexpr (END == ACTIVATED) {
-            for (int offset = LANES / 2; offset > 0; offset /= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, offset));
-            if (threadIdx.x % LANES == 0) atomicMax(&block_largest, __float_as_uint(largest));
-        }
+        consume(ring, groups, end, &block_largest);
     }
     if constexpr (CLUSTER > 1) sync_cluster();  // the other block may still arrive here
     if constexpr (END == ACTIVATED) {

@@ -58,8 +58,7 @@ def problem(kernel):
 def edges(tile):
     """Numbers of rows around everything that depends on ROWS."""
     rows = tile.rows
-    pieces = 4 if rows > 160 else 8  # as `width` of gemm_sm90.cu has them, and for mma as good as any
-    parts = [up(-(-rows * n // pieces), 16 if rows > 160 else 8) for n in range(1, pieces + 1)]
+    parts = [up(-(-rows * n // 8), 8) for n in range(1, 9)]  # as `width` of gemm_sm90.cu has them
     return sorted({0, 1, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
 
 

@@ -96,9 +96,14 @@ def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024)
     )  # fmt: skip
 
 
-def grouped_gemm(kernel, tile, kind, out, act="silu", bias="None", per_channel=False, invariant=False, **options):
+def grouped_gemm(
+    kernel, tile, kind, out, act="silu", bias="None", per_channel=False, per_row=False, invariant=False, **options
+):
     """One tile and end of a kernel of our own."""
-    end = tiles.End(kind, act, bias=Bias(ADDRESS, bias), w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel))
+    end = tiles.End(
+        kind, act, bias=Bias(ADDRESS, bias), x_scale=RowScale(ADDRESS, row_stride=int(per_row)),
+        w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel),
+    )  # fmt: skip
     x, y = Matrix(ADDRESS, 1024, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
         0, kernel.Weights(ADDRESS, 8, 1024, 1024, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
@@ -145,14 +150,19 @@ def calls():
     for t, tile in enumerate(sm90.TILES):
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
-        made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=biases[t % 4], per_channel=True)]
-        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 3 == 2)
-                 for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
+        made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=biases[t % 4], per_channel=True, per_row=True)]
+        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]
+        made += [
+            grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 2 > 0, i % 3 == 2)
+            for i, act in enumerate(ACTIVATIONS)
+        ]
     for (t, tile), fp8 in itertools.product(enumerate(mma.TILES), (True, False)):
         made += [grouped_gemm(mma, tile, "PRODUCT", out, fp8=fp8) for out in ("float16", "float32")]
-        made += [grouped_gemm(mma, tile, "CODES", "uint8", bias=biases[t], per_channel=True, fp8=fp8)]
-        made += [grouped_gemm(mma, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, fp8=fp8)
-                 for i, act in enumerate(ACTIVATIONS)]  # fmt: skip
+        made += [grouped_gemm(mma, tile, "CODES", "uint8", bias=biases[t], per_channel=True, per_row=True, fp8=fp8)]
+        made += [
+            grouped_gemm(mma, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 2 > 0, fp8=fp8)
+            for i, act in enumerate(ACTIVATIONS)
+        ]
     for ids, tokens in itertools.product(("int32", "int64"), (9, 40000)):
         made.append(lambda i=ids, t=tokens: launches.route(0, ADDRESS, i, t, 2, 64, MAPS, tables=Tables()))
         made.append(lambda i=ids, t=tokens: launches.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))
@@ -185,12 +195,12 @@ VALUES = {
         "ROWS": {tile.rows for tile in sm90.TILES},
         "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
-        "PER_CHANNEL": {True, False},
+        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
     },
     "gemm_mma.cu": {
         "ROWS": {tile.rows for tile in mma.TILES}, "STAGES": {tile.stages for tile in mma.TILES}, "FP8": {True, False},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
-        "PER_CHANNEL": {True, False},
+        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
     },
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
