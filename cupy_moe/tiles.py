@@ -44,7 +44,7 @@ class Tiles(Generic[T]):
 
     def __init__(self, backend: str, preferred: Sequence[Preference]) -> None:
         self._backend, self._preferred = backend, preferred
-        self.all: tuple[T, ...] = tuple(entry.tile for entry in preferred)
+        self.all: tuple[T, ...] = tuple(dict.fromkeys(entry.tile for entry in preferred))
 
     def key(self, device: int, weights: Weights, rows: int) -> str:
         """Under which `tuning` finds the tile for ``rows`` rows in all."""
