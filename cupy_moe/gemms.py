@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
+LARGE_BYTES = 32 << 20
+"""From which on what GEMM 1 leaves crowds the L2 cache, and is dropped once it has been read."""
 
 
 def scaling(
@@ -139,6 +141,7 @@ class OwnGemms:
         return [gemm, *launches.quantize(
             layer.device, mode, out, shape.rows, layer.spec.intermediate_size, buffers.a, layer.intermediate,
             row_experts=buffers.maps.row_experts, partials=end.partials, scale_out=scale_out, fresh=True,
+            drop=shape.rows * out.pitch * out.itemsize >= LARGE_BYTES,
         )], result
 
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:

@@ -167,11 +167,12 @@ def route_padded(
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
+    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False, drop: bool = False,
 ) -> list[Launch]:
     """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input.
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
+    ``drop``: nobody reads ``x`` again, and what it holds afterwards is not known.
     """
     grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
 
@@ -179,7 +180,7 @@ def quantize(
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
             IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
+            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh, DROP=drop,
         )
 
     source: dict[str, Any] = {

@@ -78,12 +78,12 @@ def matrix(dtype, cols, aligned):
     return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
 
 
-def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False):
+def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, drop=False):
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     return lambda: launches.quantize(
         0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
-        weighted=weighted, scale=scale, fresh=fresh,
+        weighted=weighted, scale=scale, fresh=fresh, drop=drop,
     )  # fmt: skip
 
 
@@ -130,7 +130,8 @@ def calls():
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
-    made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
+    made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True, drop=drop)
+             for mode, (rows, drop) in itertools.product(("TENSOR", "TOKEN"), ((9, False), (5000, True)))]  # fmt: skip
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
@@ -182,6 +183,7 @@ VALUES = {
     "quantize.cu": {
         "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 8}, "IN_ALIGNED": {True, False},
         "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "FRESH": {True, False},
+        "DROP": {True, False},
     },
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")), "VECS": {1, 2, 4, 8},
