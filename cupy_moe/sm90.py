@@ -14,6 +14,8 @@ CHANNELS, THREADS, STEP = 128, 384, 128
 """Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_sm90.cu``."""
 SHARED_BYTES = 227 << 10
 """What a block can have of shared memory."""
+MOST_SCALED_ROWS = 192
+"""With more, the registers of a block without a cluster do not hold the scales of its rows beside their sums."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
 
 
@@ -84,6 +86,8 @@ def grouped_gemm(
     tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
     if weights.batch_invariant:  # every tile adds in the same order
         tile = tile._replace(window=1)
+    if end.x_scale.row_stride and tile.rows > MOST_SCALED_ROWS:
+        tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, CLUSTER=tile.cluster,
         WINDOW=tile.window, **tiles.constants(end, out),
