@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ends of a grouped GEMM: what a warp does with the sums of a finished tile, by the constants END, Out, Bias, ACT,
-// ROW_SCALES and PER_CHANNEL of the kernel. The weights are the M side of the instructions, and the kernel puts them in such an order that
-// each 16 rows of a fragment are
+// ROW_SCALES and PER_CHANNEL of the kernel. The weights are the M side of the instructions, and the kernel puts them in such
+// an order that each 16 rows of a fragment are
 //   GATED       8 gates, then the 8 ups of the same channels: a thread holds both sides of a product
 //   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
 
@@ -40,8 +40,8 @@ template <int COUNT>  // rows of the tile that a warp has, a multiple of 8
 struct Scales {
     // To be multiplied by unit: that of row LANES * i + lane at i, or one for all.
     float rows[ROW_SCALES ? (COUNT + LANES - 1) / LANES : 1];
-    Channel first, second;                    // of this thread's pair of channels
-    float code;                               // of CODES
+    Channel first, second;  // of this thread's pair of channels
+    float code;             // of CODES
     __device__ __forceinline__ Scales(const Epilogue& end, const Place& at, int col)
         : first(end, at.expert, col, 0), second(end, at.expert, GATED ? col : col + 1, GATED),
           code(END == CODES ? pick(end.scale_in, at.expert * end.scale_expert_stride, end.scale_value) : 1.0f) {
