@@ -134,7 +134,7 @@ def _behind_amax(
 
 
 def requantize(case: Case, scheme: str) -> Step:
-    """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2."""
+    """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2; kept, since it is read again here."""
     x, codes = case.normal(case.rows, case.inner, dtype=torch.float32), case.empty(case.rows, case.inner, dtype=FP8)
     scale, partials, told = case.scaling(scheme)
     partials.zero_()[0] = x.abs().amax()  # what the GEMM leaves too

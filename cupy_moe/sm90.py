@@ -53,8 +53,8 @@ PREFERRED = (
     Preference(170, Tile(160, 5)),
     Preference(230, Tile(208, 5, window=2)),
     Preference(300, Tile(144, 6, window=2), below_k=4096),
-    Preference(400, Tile(160, 6, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
+    Preference(400, Tile(160, 6, cluster=2, window=2)),
     Preference(3000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )

@@ -5,10 +5,10 @@
 
 | test | what it reaches in the kernel |
 | --- | --- |
-| products, row counts | one row tile and several; `multiply_tile` of ROWS, a half and a quarter |
+| products, row counts | one row tile and several; `multiply_tile` of every eighth of ROWS |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
-| products, n | weight rows beyond n in the last channel tile; `Out` of both types; the same bits from every tile |
-| experts | `make_schedule` over several warps of experts, `Place.seek` over runs of empty ones, no tile at all |
+| products, n | weight rows beyond n in the last channel tile; both types of `Out`; bits with `batch_invariant` |
+| experts | `make_schedule` over several warps of experts, `Walk.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
 | NaN | what shares a tile with a row or a weight of NaN |
 | ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |

@@ -22,9 +22,9 @@ def cache(monkeypatch, tmp_path):
 
 # ---- tiles --------------------------------------------------------------------------------------------------------
 
-KERNELS = {"sm90": (sm90, 16, 256), "mma": (mma, 16, 128)}
+KERNELS = {"sm90": (sm90, 16, 208), "mma": (mma, 16, 128)}
 """The module, what ROWS is a multiple of, and the most of them."""
-ROOM_FOR = {"sm90": lambda tile: 1024 if tile.rows <= 144 else 256, "mma": lambda tile: 128}
+ROOM_FOR = {"sm90": lambda tile: 1024 if tile.rows * tile.stages <= 900 else 512, "mma": lambda tile: 128}
 """Experts that leave room for every stage of a tile."""
 both = pytest.mark.parametrize("name", KERNELS)
 
@@ -69,6 +69,12 @@ def test_tiles_are_told_apart(name):
         reached = limits[: limits.index(float("inf")) + 1]
         assert reached == sorted(reached)
     assert kernel.PREFERRED[-1].below == kernel.PREFERRED[-1].below_k == float("inf")
+
+
+@pytest.mark.parametrize("rows", [8 << power for power in range(18)])
+def test_clusters_where_k_is_large(rows):
+    assert sm90.candidates(rows, 8, 4095)[0].cluster == 1
+    assert sm90.candidates(rows, 8, 4096)[0].cluster == (2 if rows >= 230 * 8 else 1)
 
 
 @both
