@@ -12,7 +12,7 @@ import torch
 import cupy_moe
 from benchmarks import cases
 from benchmarks.expected import rounded, silu_and_mul
-from cupy_moe import launches
+from cupy_moe import gemms, launches
 from cupy_moe.driver import Launch
 from cupy_moe.launches import Maps, Matrix, RowScale, WeightScale
 
@@ -134,17 +134,44 @@ def _behind_amax(
 
 
 def requantize(case: Case, scheme: str) -> Step:
-    """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2; kept, since it is read again here."""
-    x, codes = case.normal(case.rows, case.inner, dtype=torch.float32), case.empty(case.rows, case.inner, dtype=FP8)
+    """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2.
+
+    Many values are packed, and lost when they have been read once.
+    """
+    codes, owners = case.empty(case.rows, case.inner, dtype=FP8), case.routing.row_experts
     scale, partials, told = case.scaling(scheme)
+    if gemms.packed(case.rows, case.experts, case.inner, per_token=scheme == "token"):
+        words, x = packed(case)
+        maps = Maps(*(array.data_ptr() for array in case.routing))
+        steps = [launches.requantize(
+            DEVICE, scheme.upper(), Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, maps,
+            case.experts, 0, matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
+        )]  # fmt: skip
+        read: Arrays = (words, case.routing.expert_offsets, case.routing.expert_counts)
+    else:
+        words = x = case.normal(case.rows, case.inner, dtype=torch.float32)
+        steps = launches.quantize(
+            DEVICE, scheme.upper(), matrix(x), case.rows, case.inner, matrix(codes), case.inner,
+            row_experts=owners.data_ptr(), fresh=True, **told,
+        )  # fmt: skip
+        read = (words, owners)
     partials.zero_()[0] = x.abs().amax()  # what the GEMM leaves too
-    owners = case.routing.row_experts
-    steps = launches.quantize(
-        DEVICE, scheme.upper(), matrix(x), case.rows, case.inner, matrix(codes), case.inner,
-        row_experts=owners.data_ptr(), fresh=True, **told,
-    )  # fmt: skip
-    read = (x, owners, partials) if scheme == "tensor" else (x, owners)
+    if scheme == "tensor":
+        read = (*read, partials)
     return Step(steps, [(read, (codes, scale))], lambda: codes.float() * scale, lambda: case.rounded(x, scheme))
+
+
+def packed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activated values as ``packed.cuh`` describes them, and those of the rows of experts as float32."""
+    groups, columns = launches.packed_rows(case.rows, case.experts) // launches.GROUP_ROWS, case.inner // 8
+    # Four rows of each quarter of a group: a pair, and the pair eight rows on.
+    values = case.normal(2, 2, groups, columns, 4, 8, dtype=torch.float32).view(torch.int32) & -256
+    three, fourth = values.flatten(0, 1)[:3], values[1, 1]
+    words = torch.stack([word | (fourth >> (24 - 8 * i)) & 0xFF for i, word in enumerate(three)], dim=2)
+    rows = values.permute(2, 0, 4, 1, 3, 5).reshape(-1, case.inner).view(torch.float32)
+    offsets, row = case.routing.expert_offsets.long(), torch.arange(case.rows, device=rows.device)
+    first = offsets[case.owners]
+    return words, rows[(first // launches.GROUP_ROWS + case.owners) * launches.GROUP_ROWS + row - first]
 
 
 def activation(case: Case, scheme: str) -> Step:

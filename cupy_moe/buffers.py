@@ -19,19 +19,20 @@ class Buffers:
     What is never needed at the same time shares its place: ``a`` lies where ``x`` was, which GEMM 1 has read by then,
     and ``y`` behind ``a``, where GEMM 1's result ``inner`` was, which the kernel behind has read by then. No kernel
     writes to any of these before the kernel in front is done, so overlapping launches are safe too. A GEMM 1 that makes
-    ``a`` itself has no ``inner``, and ``a`` a place of its own.
+    ``a`` itself has no ``inner``, and ``a`` a place of its own. ``comparable``: ``inner`` holds numbers, one after
+    another.
     """
 
-    def __init__(self, layer: Layer, rows: int, base: int = 0) -> None:
+    def __init__(self, layer: Layer, rows: int, base: int = 0, *, comparable: bool = False) -> None:
         carver = Carver(base)
-        columns, dtype = layer.gemms.inner(layer, rows)
+        inner_rows, columns, dtype = layer.gemms.inner(layer, rows, comparable)
         inner = Matrix(0, columns, dtype)
         first, second = Carver(base), Carver(base)  # what is there until the activation is done, and after that
         first.take(rows * max(layer.hidden, layer.intermediate))
         if not columns:
             second.take(rows * layer.hidden)
         self.x = Matrix(base, layer.hidden, "uint8")
-        self.inner = inner._replace(pointer=first.take(rows * columns * inner.itemsize))
+        self.inner = inner._replace(pointer=first.take(inner_rows * columns * inner.itemsize))
         self.a = Matrix(second.take(rows * layer.intermediate), layer.intermediate, "uint8")
         self.y = Matrix(second.take(rows * layer.hidden * 2), layer.hidden, "float16")
         carver.take(max(first.used, second.used))

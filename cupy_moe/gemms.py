@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
-LARGE_BYTES = 32 << 20
-"""From which on what GEMM 1 leaves crowds the L2 cache, and is dropped once it has been read."""
+PACKED_BYTES, PACKED_ROWS, PACKED_COLUMNS = 32 << 20, 64, 8192
+"""Where what GEMM 1 leaves is packed: from so many bytes as float32 on, which crowd the L2 cache, and from so many rows
+per expert on, since groups of rows are filled up; per token, where it is read twice, up to so many columns."""
+
+
+def packed(rows: int, experts: int, columns: int, *, per_token: bool) -> bool:
+    """Whether ``rows`` rows of ``columns`` activated values are worth packing."""
+    many = rows * columns * 4 >= PACKED_BYTES and rows >= PACKED_ROWS * experts
+    return many and (columns <= PACKED_COLUMNS or not per_token)
 
 
 def scaling(
@@ -57,11 +64,11 @@ class CublasltGemms:
         self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts)
         self.unit = self._gemm2.unit  # of y
 
-    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
-        """Columns and dtype of GEMM 1's product."""
+    def inner(self, layer: Layer, rows: int, comparable: bool) -> tuple[int, int, str]:
+        """Rows, columns and dtype of GEMM 1's product."""
         # It is quantised again, which turns its rounding into flipped codes: small ones stay float32.
         columns = layer.product
-        return columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16"
+        return rows, columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16"
 
     def first(
         self, layer: Layer, shape: CallShape, buffers: Buffers, x_scale: RowScale
@@ -97,6 +104,7 @@ class OwnGemms:
     """A kernel of our own: activation in the end of GEMM 1, and codes too where their scale is given."""
 
     kernel: ClassVar[ModuleType]  # what prepares it
+    packs: ClassVar[bool]  # whether every tile has whole groups of rows
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
@@ -110,9 +118,16 @@ class OwnGemms:
         )
         self.unit = e4m3.half_unit(layer.intermediate)
 
-    def inner(self, layer: Layer, rows: int) -> tuple[int, str]:
-        """Columns and dtype of what GEMM 1 leaves, activated; none where it makes the codes."""
-        return layer.intermediate if layer.a2_scale is None else 0, "float32"
+    def inner(self, layer: Layer, rows: int, comparable: bool) -> tuple[int, int, str]:
+        """Rows, columns and dtype of what GEMM 1 leaves, activated; none where it makes the codes."""
+        if layer.a2_scale is not None:
+            return 0, 0, "float32"
+        columns, experts = layer.intermediate, layer.spec.num_experts
+        # Whether they are packed depends on their number: the bits of a row must not.
+        worth = not layer.spec.batch_invariant and packed(rows, experts, columns, per_token=layer.spec.per_act_token)
+        if self.packs and worth and not comparable:
+            return launches.packed_rows(rows, experts), columns, launches.PACKED
+        return rows, columns, "float32"
 
     def _groups(self, buffers: Buffers, gemm: int, max_tokens: int = 0) -> Groups:
         claims = self._claims[gemm].data.ptr
@@ -121,8 +136,9 @@ class OwnGemms:
     def _gemm1(self, layer: Layer, buffers: Buffers, x_scale: RowScale) -> tuple[Matrix, End]:
         """Where GEMM 1's result goes, and how it ends."""
         spec, static = layer.spec, layer.a2_scale
+        kind = "CODES" if static else "PACKED" if buffers.inner.dtype == launches.PACKED else "ACTIVATED"
         return buffers.inner if static is None else buffers.a, End(
-            "ACTIVATED" if static is None else "CODES", spec.activation, spec.intermediate_size, x_scale=x_scale,
+            kind, spec.activation, spec.intermediate_size, x_scale=x_scale,
             w_scale=layer.w1_scale, bias=layer.w1_bias, scale=static or UNSCALED,
             partials=layer.partials[1].data.ptr,
         )
@@ -138,10 +154,14 @@ class OwnGemms:
         )
         if mode == "STATIC":
             return [gemm], result
+        if end.kind == "PACKED":
+            return [gemm, launches.requantize(
+                layer.device, mode, out, shape.rows, buffers.maps, layer.spec.num_experts, shape.max_tokens, buffers.a,
+                partials=end.partials, scale_out=scale_out,
+            )], result
         return [gemm, *launches.quantize(
             layer.device, mode, out, shape.rows, layer.spec.intermediate_size, buffers.a, layer.intermediate,
             row_experts=buffers.maps.row_experts, partials=end.partials, scale_out=scale_out, fresh=True,
-            drop=shape.rows * out.pitch * out.itemsize >= LARGE_BYTES,
         )], result
 
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
@@ -171,12 +191,14 @@ class Sm90Gemms(OwnGemms):
     """The kernel of ``gemm_sm90.cu``."""
 
     kernel: ClassVar[ModuleType] = sm90
+    packs: ClassVar[bool] = True
 
 
 class MmaGemms(OwnGemms):
     """The kernel of ``gemm_mma.cu``."""
 
     kernel: ClassVar[ModuleType] = mma
+    packs: ClassVar[bool] = False
 
 
 Gemms = CublasltGemms | OwnGemms

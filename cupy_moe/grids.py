@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
-MAX_ROW_THREADS = 512
-"""Threads of a block that holds a row in registers, as in ``common.cuh``."""
+MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
+"""Threads of a block that holds a row in registers, as in ``common.cuh``; of one of `activation_quantize` with halves
+and without a bias, where a thread has at most `FEW_VECTORS`."""
+FEW_VECTORS = 4
 STRETCH_THREADS, NARROW_THREADS = 256, 64
 """Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""
 WORDS_IN_FLIGHT = 4
@@ -33,11 +35,13 @@ def stretches(cols: int, most_threads: int = STRETCH_THREADS) -> Grid:
     return Grid(-(-vectors // threads), threads, 1)
 
 
-def whole_rows(rows: int, cols: int) -> Grid:
+def whole_rows(rows: int, cols: int, most_threads: int = MAX_ROW_THREADS) -> Grid:
     """A block holds a row."""
     vectors = -(-cols // VECTOR)
+    if vectors > FEW_VECTORS * most_threads:
+        most_threads = MAX_ROW_THREADS
     # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
-    at_least = -(-vectors // MAX_ROW_THREADS)
+    at_least = -(-vectors // most_threads)
     per_thread = at_least
     if rows >= MANY_ROWS:
         choices = range(max(at_least, 2), max(at_least, 4) + 1)

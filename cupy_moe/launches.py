@@ -23,7 +23,9 @@ PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 _ROUTE_SHARED_BYTES = 96 * 1024
 _ID_TYPES = {"int32": "int", "int64": "long long"}
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}
+PACKED, GROUP_ROWS = "packed", 16
+"""The form of many activated values, 24 bits each, and the rows that it takes together; as in ``packed.cuh``."""
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1, PACKED: 3}
 
 
 class Matrix(NamedTuple):
@@ -167,12 +169,11 @@ def route_padded(
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False, drop: bool = False,
+    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
 ) -> list[Launch]:
     """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input.
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
-    ``drop``: nobody reads ``x`` again, and what it holds afterwards is not known.
     """
     grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
 
@@ -180,7 +181,7 @@ def quantize(
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
             IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh, DROP=drop,
+            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
         )
 
     source: dict[str, Any] = {
@@ -197,13 +198,36 @@ def quantize(
     )]
 
 
+def packed_rows(rows: int, experts: int) -> int:
+    """Rows that ``rows`` rows of ``experts`` experts take in the form `PACKED`, in whole groups."""
+    return (rows // GROUP_ROWS + experts + 1) * GROUP_ROWS
+
+
+def requantize(
+    device: int, mode: str, x: Matrix, rows: int, maps: Maps, experts: int, max_tokens: int, out: Matrix, *,
+    partials: int, scale_out: int,
+) -> Launch:
+    """``requantize`` of ``x``, `PACKED`; what it holds afterwards is not known."""
+    groups, threads = packed_rows(rows, experts) // GROUP_ROWS, MAX_THREADS // 2
+    stretches = 1
+    if mode == "TENSOR":
+        threads = STRETCH_THREADS
+        stretches = -(-x.pitch // threads)
+    return Launch(
+        compiler.kernel("requantize.cu", "requantize", device, MODE=mode), (groups, stretches), threads, x=x.pointer,
+        cols=x.pitch, expert_offsets=maps.expert_offsets, expert_counts=maps.expert_counts, experts=experts,
+        max_tokens=max_tokens, partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+    )
+
+
 def activation_quantize(
     device: int, mode: str, activation: str, gated: bool, x: Matrix, rows: int, cols: int, up_column: int, out: Matrix,
     out_cols: int, *, x_scale: RowScale = UNSCALED, unit: float = 1.0, w_scale: WeightScale = UNSCALED_WEIGHT,
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    grid = grids.whole_rows(rows, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
+    threads = grids.MORE_ROW_THREADS if x.itemsize == 2 and bias.dtype == NO_BIAS.dtype else grids.MAX_ROW_THREADS
+    grid = grids.whole_rows(rows, out_cols, threads) if mode == "TOKEN" else grids.stretches(out_cols)
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
 
     def kernel(name: str) -> Kernel:

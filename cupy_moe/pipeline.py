@@ -107,7 +107,8 @@ class Layer:
         The experts of a map are equally likely; the first ones are taken for those held here.
         """
         rows, experts = tokens * topk, self.spec.num_experts
-        buffers = Buffers(self, rows, workspace.reserve(Buffers(self, rows).nbytes, self.device))
+        nbytes = Buffers(self, rows, comparable=True).nbytes
+        buffers = Buffers(self, rows, workspace.reserve(nbytes, self.device), comparable=True)
         routed = self.spec.expert_map.info.shape[0] if self.spec.expert_map else experts
         counts = tuning.uniform_counts(tokens, topk, routed)[:experts]
         counts[0] += not counts.any()

@@ -13,6 +13,8 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
+// Of a block, at most. A row should not be the work of a few warps, but with a bias the registers of 896 threads do not do.
+constexpr int ROW_THREADS = sizeof(In) == 2 && sizeof(Bias) == 1 && VECS <= 4 ? 896 : MAX_ROW_THREADS;
 constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_rows that are loaded before the first is used
 
 // What both kernels read. All of it is older than amax_rows.
@@ -61,16 +63,16 @@ __device__ __forceinline__ void load_scaled(const Source& source, int row, int e
     }
 }
 
-// Eight activated columns, zeros from cols on; returns their largest finite magnitude.
-__device__ __forceinline__ float load_activated(const Source& source, int row, int expert, float row_scale, int col,
-                                                float (&v)[VECTOR]) {
-    float up[VECTOR], largest = 0.0f;
+// Eight activated columns, zeros from cols on; returns the larger of their largest finite magnitude and `largest`, biased.
+__device__ __forceinline__ int load_activated(const Source& source, int row, int expert, float row_scale, int col, int largest,
+                                              float (&v)[VECTOR]) {
+    float up[VECTOR];
     load_scaled(source, row, expert, row_scale, col, 0, v);
     if constexpr (GATED) load_scaled(source, row, expert, row_scale, col, 1, up);
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-        v[j] = col + j < source.cols ? activate<ACT>(v[j], GATED ? up[j] : 0.0f) : 0.0f;
-        largest = fmaxf(largest, finite_magnitude(v[j]));
+        v[j] = col + (IN_ALIGNED ? 0 : j) < source.cols ? activate<ACT>(v[j], GATED ? up[j] : 0.0f) : 0.0f;
+        largest = max_biased(largest, v[j]);
     }
     return largest;
 }
@@ -80,21 +82,21 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
 {
     wait_for_previous_kernel();
     const u32 vectors = (source.cols + VECTOR - 1) / VECTOR, total = rows * vectors, step = gridDim.x * blockDim.x;
-    float largest = 0.0f;
+    int largest = 0;
     for (u32 first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += IN_FLIGHT * step) {
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; ++k) {
-            // The last vector again and again, rows of no expert as rows of the first: no branch between the loads.
-            const u32 i = min(first + k * step, total - 1);
+            const u32 i = first + k * step;
+            if (i >= total) continue;
             const int row = i / vectors, col = (i - row * vectors) * VECTOR;
-            const int expert = expert_of(source, row), any = max(expert, 0);
+            const int expert = expert_of(source, row), any = max(expert, 0);  // no branch between the loads of a vector
             float v[VECTOR];
-            const float here = load_activated(source, row, any, row_scale_of(source, row, any), col, v);
-            if (expert >= 0) largest = fmaxf(largest, here);
+            const int with = load_activated(source, row, any, row_scale_of(source, row, any), col, largest, v);
+            if (expert >= 0) largest = with;
         }
     }
-    largest = block_max(largest);
-    if (threadIdx.x == 0) partials[blockIdx.x] = largest;
+    const float of_block = block_max(unbiased(largest));
+    if (threadIdx.x == 0) partials[blockIdx.x] = of_block;
 }
 
 // One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
@@ -102,7 +104,7 @@ extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict_
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert * scale_expert_stride]
 //   TOKEN       that of the row, left in scale_out[row]
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantize(
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
     Source source,
     const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
@@ -122,12 +124,12 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
     // Otherwise the GEMM is, and all but x is older.
     if constexpr (MODE != TENSOR) wait_for_previous_kernel();
     float v[VECS][VECTOR];
-    float largest = 0.0f;
+    int largest = 0;
     if (expert >= 0) {
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
             const int col = (first + i * int(blockDim.x)) * VECTOR;
-            largest = fmaxf(largest, load_activated(source, row, expert, row_scale, col, v[i]));
+            largest = load_activated(source, row, expert, row_scale, col, largest, v[i]);
         }
     }
     if constexpr (MODE == TENSOR) wait_for_previous_kernel();
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) activation_quantiz
     if (expert < 0) return;
     if constexpr (MODE == STATIC) scale = pick(scale_in, expert * scale_expert_stride, scale_value);
     if constexpr (MODE == TOKEN) {
-        scale = scale_of_amax(block_max(largest));
+        scale = scale_of_amax(block_max(unbiased(largest)));
         if (threadIdx.x == 0) scale_out[row] = scale;
     }
     const Divisor divisor(scale);

@@ -16,7 +16,7 @@ struct None {};           // the type of an argument that this variant does not 
 enum Mode { TENSOR, STATIC, TOKEN };
 enum Act { SILU, GELU, GELU_TANH, SWIGLUOAI, SILU_NO_MUL, GELU_NO_MUL, RELU2_NO_MUL };
 
-enum End { PRODUCT, ACTIVATED, CODES };  // of a GEMM; gemm_sm90.cu says what each means
+enum End { PRODUCT, ACTIVATED, PACKED, CODES };  // of a GEMM; gemm_sm90.cu says what each means
 
 constexpr float FP8_MAX = 448.0f;
 constexpr float TINY_AMAX = 1e-30f;  // a row of zeros still gets a usable scale

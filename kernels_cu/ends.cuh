@@ -6,6 +6,7 @@
 //   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
 
 constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
+constexpr bool MEASURED = END == ACTIVATED || END == PACKED;  // the largest magnitude is wanted
 
 struct Epilogue {
     void* out;                 // (rows, pitch): Out or e4m3 codes
@@ -21,7 +22,7 @@ struct Epilogue {
     const float* scale_in;     // CODES: [expert * scale_expert_stride]; null: scale_value
     float scale_value;
     int scale_expert_stride;
-    float* partials;           // ACTIVATED: (PARTIALS,)
+    float* partials;           // MEASURED: (PARTIALS,)
 };
 
 // Scale and bias of one weight row; up: of its second half. Zeros where there is no such row: so is what is activated.
@@ -62,10 +63,22 @@ struct Scales {
     }
 };
 
+// Four rows of a group, of one column, or of two neighbours if not GATED.
+__device__ __forceinline__ void store_packed(u32* to, const float (&first)[4], const float (&second)[4], bool exists) {
+    u32 a[PACKED_WORDS], b[PACKED_WORDS];
+    pack(first, a);
+    pack(second, b);
+#pragma unroll
+    for (int i = 0; i < PACKED_WORDS; ++i) {
+        if (GATED && exists) to[i * LANES] = a[i];
+        if (!GATED && exists) *reinterpret_cast<uint2*>(to + i * LANES) = make_uint2(a[i], b[i]);
+    }
+}
+
 // A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
-// is negative; at most FIRST, a multiple of 8). Column `col` of the result is where this thread's pair of channels begins;
-// sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest finite magnitude if
-// ACTIVATED.
+// is negative; at most FIRST, a multiple of 8, of 16 if PACKED). Column `col` of the result is where this thread's pair of
+// channels begins; sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest
+// finite magnitude if MEASURED.
 template <int COUNT, int FIRST = COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
                                         const float (&sum)[COUNT / 2]) {
@@ -75,6 +88,10 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
     constexpr int SIZE = END == PRODUCT ? sizeof(Out) : END == ACTIVATED ? sizeof(float) : 1;
     u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
     const u32 pitch = u32(end.pitch) * SIZE;
+    [[maybe_unused]] const long long group_pitch = packed_pitch(end.pitch);
+    [[maybe_unused]] u32* words = static_cast<u32*>(end.out) + group_of(at.row, at.expert) * group_pitch +
+                                  col / 8 * (PACKED_WORDS * LANES) + 4 * first_row + col % 8;
+    [[maybe_unused]] float first[4], second[4];
 #pragma unroll
     for (int k = 0; k < FIRST / 4; ++k) {
         // Rows that do not exist are calculated too, and what is not stored has no branch: all rows overlap.
@@ -91,11 +108,19 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             const float row_scale = scales.of_row(down, first_row) * end.unit;
             const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
-            if constexpr (END == ACTIVATED) {
-                if (exists) {
-                    largest = max_biased(largest, x);
-                    if (!GATED) largest = max_biased(largest, y);
+            if (MEASURED && exists) {
+                largest = max_biased(largest, x);
+                if (!GATED) largest = max_biased(largest, y);
+            }
+            if constexpr (END == PACKED) {
+                // Rows come as they lie in a group: two of each eight.
+                first[k % 4] = x;
+                second[k % 4] = y;
+                if (k % 4 == 3) {
+                    store_packed(words, first, second, 8 * (k / 2 - 1) < rows);
+                    words += group_pitch;
                 }
+            } else if constexpr (END == ACTIVATED) {
                 if (GATED && exists) *reinterpret_cast<float*>(to) = x;
                 if (!GATED && exists) *reinterpret_cast<float2*>(to) = make_float2(x, y);
             } else {

@@ -19,6 +19,7 @@
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
 //                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
+//                   PACKED     the same, in the shorter form that packed.cuh gives
 //                   CODES      the same, quantised with a given scale
 //   Out         PRODUCT: Half | float
 //   Bias        None | Half | Bfloat16 | float
@@ -174,7 +175,7 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ri
     else multiply_rows<N + 1>(sum, ring, state, steps, count);
 }
 
-// Raises `largest` to the bits of the largest finite magnitude of the results if ACTIVATED.
+// Raises `largest` to the bits of the largest finite magnitude of the results if MEASURED.
 __device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, const Epilogue& end, u32* largest) {
     for (RingState state;;) {
         wait(ring.full(state.stage), state.parity);
@@ -186,9 +187,10 @@ __device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, 
         float sum[SUMS] = {};
         multiply_rows(sum, ring, state, groups.steps, at.count);
         // Beside an end of half the rows the largest tile would be short of registers.
-        const bool all = ROWS > 192 || at.count > ROWS / 2;
-        const float mine = all ? finish(end, at, scales, col, sum) : finish<ROWS, ROWS / 2>(end, at, scales, col, sum);
-        if constexpr (END == ACTIVATED) {
+        constexpr int HALF = (ROWS / 2 + 15) / 16 * 16;
+        const bool all = ROWS > 192 || at.count > HALF;
+        const float mine = all ? finish(end, at, scales, col, sum) : finish<ROWS, HALF>(end, at, scales, col, sum);
+        if constexpr (MEASURED) {
             const u32 of_warp = __reduce_max_sync(FULL_WARP, __float_as_uint(mine));
             if (threadIdx.x % LANES == 0) atomicMax(largest, of_warp);
         }
@@ -228,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         consume(ring, groups, end, &block_largest);
     }
     if constexpr (CLUSTER > 1) sync_cluster();  // the other block may still arrive here
-    if constexpr (END == ACTIVATED) {
+    if constexpr (MEASURED) {
         __syncthreads();
         for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < PARTIALS; i += gridDim.x * THREADS)
             end.partials[i] = i == int(blockIdx.x) ? __uint_as_float(block_largest) : 0.0f;

@@ -10,7 +10,6 @@
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
 //   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
-//   DROP        nobody reads x again, and there is so much of it that to write it back would cost time
 
 constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_tokens that are loaded before the first is used
 
@@ -96,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
 {
     constexpr bool READY = sizeof(In) == 1;
     constexpr bool CODES_PER_SLOT = (WEIGHTED || PER_EXPERT) && !READY;
-    // Backwards: what amax_tokens read last, or a GEMM wrote last, is still in the L2 cache.
-    const int token = MODE == TENSOR || DROP ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    // Backwards: what amax_tokens read last is still in the L2 cache.
+    const int token = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
     const int* rows = src2dst_map ? src2dst_map + (long long)token * topk : nullptr;
 
@@ -159,16 +158,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         for (int i = 0; i < VECS; ++i) {
             const int col = (first + i * int(blockDim.x)) * VECTOR;
             if (col < out_cols) store_codes<OUT_ALIGNED>(target + col, out_cols - col, codes[i]);
-        }
-    }
-    if constexpr (DROP) {
-        constexpr int COLS = LINE / sizeof(In), SHARING = COLS / VECTOR;  // of a line; threads that read it, of one warp
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            const int col = (first + i * int(blockDim.x)) * VECTOR;
-            const In* line = x + token * x_pitch + col;
-            if (threadIdx.x % SHARING == 0 && col + COLS <= cols && u64(line) % LINE == 0) discard_line(line);
         }
     }
 }

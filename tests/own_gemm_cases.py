@@ -13,7 +13,20 @@ from gpu_cases import CODE_STD, cupy, host, normal, poison, random_codes, relati
 from cupy_moe import backend, e4m3, mma, sm90
 from cupy_moe.activations import ACTIVATIONS, activate
 from cupy_moe.grids import up
-from cupy_moe.launches import NO_BIAS, PARTIALS, UNSCALED, Bias, Matrix, RowScale, WeightScale
+from cupy_moe.launches import (
+    GROUP_ROWS,
+    NO_BIAS,
+    PACKED,
+    PARTIALS,
+    UNSCALED,
+    Bias,
+    Maps,
+    Matrix,
+    RowScale,
+    WeightScale,
+    packed_rows,
+    requantize,
+)
 from cupy_moe.tiles import End, Groups
 
 LIMITS = {"float32": 3e-4, "float16": 4e-4, "activated": 1e-3}
@@ -100,7 +113,7 @@ class Case:
             parts.append(cupy.asarray(x @ w.T))
         return cupy.concatenate(parts)
 
-    def launch(self, out, end, tile, *, paired=False, batch_invariant=False):
+    def launch(self, out, end, tile, *, to=None, paired=False, batch_invariant=False):
         module, options = KERNELS[tile.kernel]
         weights = module.Weights(
             self.w.data.ptr, self.experts, self.n, self.k, paired=paired, batch_invariant=batch_invariant
@@ -109,7 +122,7 @@ class Case:
             self.offsets.data.ptr, self.device_counts.data.ptr, self.claims.data.ptr, self.max_tokens
         )
         x = Matrix(self.x.data.ptr, self.k, "uint8")
-        to = Matrix(out.data.ptr, out.shape[1], out.dtype.name)
+        to = to or Matrix(out.data.ptr, out.shape[1], out.dtype.name)
         return module.grouped_gemm(0, weights, x, len(self.x), groups, to, end, tile.tile, **options)
 
     def run(self, dtype, cols, end, tile, **options):
@@ -176,8 +189,51 @@ class Layer(Case):
             rows = rows + self.bias.astype(np.float32)[self.owners]
         return cupy.pad(activate(self.act, rows), ((0, 0), (0, self.pitch - self.cols)))
 
+    def check_packed(self, tile, activated):
+        """PACKED has the bits of ``activated`` but the last eight, and `requantize` their codes."""
+        poison(self.partials)
+        groups = packed_rows(len(self.x), self.experts) // GROUP_ROWS
+        words = poison(cupy.empty((groups, self.pitch // 8, 3, 4, 8), np.uint32))
+        packed, stream = Matrix(words.data.ptr, self.pitch, PACKED), cupy.cuda.get_current_stream().ptr
+        self.launch(words, self.end("PACKED"), tile, to=packed, paired=self.gated)(stream)
+        assert float(self.partials.max()) == (float(abs(activated).max()) if activated.size else 0.0)
+        got = cupy.ascontiguousarray(self.unpacked(words)[self.places()])
+        assert same_bits(got.view(np.uint32), activated.view(np.uint32) & np.uint32(0xFFFFFF00)), f"{tile}: packed"
+        maps = Maps(self.offsets.data.ptr, self.device_counts.data.ptr, 0, 0, 0)
+        for mode in ("TENSOR", "TOKEN"):
+            codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
+            scales = poison(cupy.empty(len(self.x) if mode == "TOKEN" else 1, np.float32))
+            filled = words.copy()  # what is read is dropped
+            requantize(
+                0, mode, packed._replace(pointer=filled.data.ptr), len(self.x), maps, self.experts, self.max_tokens,
+                Matrix(codes.data.ptr, self.pitch, "uint8"), partials=self.partials.data.ptr, scale_out=scales.data.ptr,
+            )(stream)
+            largest = abs(got).max(axis=1) if mode == "TOKEN" else self.partials.max()
+            want = cupy.maximum(largest, np.float32(1e-30)) / np.float32(448)
+            assert same_bits(scales[self.valid] if mode == "TOKEN" else scales[0], want), f"{tile}, {mode}: scale"
+            want = e4m3.encode(got / (want[:, None] if mode == "TOKEN" else want))
+            assert same_bits(codes[self.valid], want), f"{tile}, {mode}: codes"
+            assert bool((codes[self.nobody] == 0xFF).all()), f"{tile}, {mode}: wrote to rows of nobody"
+
+    def unpacked(self, words):
+        """(groups * 16, pitch) float32 of the words that ``packed.cuh`` describes."""
+        three = [words[:, :, i] for i in range(3)]
+        fourth = sum((word & np.uint32(0xFF)) << np.uint32(24 - 8 * i) for i, word in enumerate(three))
+        values = cupy.stack([*(word & np.uint32(0xFFFFFF00) for word in three), fourth])
+        # (rows 8 apart, next to each other, group, eight columns, quarter, column)
+        values = values.reshape(2, 2, *fourth.shape)
+        rows = values.transpose(2, 0, 4, 1, 3, 5).reshape(-1, self.pitch)
+        return cupy.ascontiguousarray(rows).view(np.float32)
+
+    def places(self):
+        """Where the rows that belong to experts are among those of `unpacked`."""
+        parts = [np.zeros(0, int)]
+        for expert, (first, count) in enumerate(zip(self.first, self.counts, strict=True)):
+            parts.append((first // GROUP_ROWS + expert) * GROUP_ROWS + np.arange(count))
+        return cupy.asarray(np.concatenate(parts))
+
     def check(self, tile, *, per_expert=False, want=None):
-        """ACTIVATED against ``want``, its maximum, and CODES against it."""
+        """ACTIVATED against ``want``, its maximum, and CODES against it; PACKED, where the kernel has it."""
         poison(self.partials)
         got = self.run("float32", self.pitch, self.end("ACTIVATED"), tile, paired=self.gated)
         assert_close(got, self.want() if want is None else want, "activated", tile)
@@ -185,6 +241,8 @@ class Layer(Case):
         largest = float(abs(got).max()) if got.size else 0.0
         assert float(self.partials.max()) == largest, f"{tile}: the maximum is {largest}"
         assert bool((self.partials >= 0).all())
+        if tile.kernel == "sm90":
+            self.check_packed(tile, got)
         scale = RowScale(self.code_scale.data.ptr, expert_stride=1) if per_expert else RowScale(value=0.01)
         codes = self.run("uint8", self.pitch, self.end("CODES", scale), tile, paired=self.gated)
         divisor = self.code_scale[self.owners][:, None] if per_expert else np.float32(0.01)

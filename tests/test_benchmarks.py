@@ -10,7 +10,7 @@ import pytest
 from test_compile import FakeKernel
 
 import cupy_moe
-from cupy_moe import compiler, launches
+from cupy_moe import compiler, gemms, launches
 
 torch = pytest.importorskip("torch")
 
@@ -184,6 +184,26 @@ def test_steps(build, scheme):
     assert want.isfinite().all()
     assert expected.relative_error(want, want) == 0
     assert all(nbytes > 0 for i in range(len(step.launches)) for nbytes in step.nbytes(i))
+
+
+@pytest.mark.parametrize("scheme", ["tensor", "token"])
+def test_packed_step(scheme):
+    """The step takes the packed form, whose words have the upper bytes of the values that are expected of it."""
+    case = step_cases.Case(SHAPE, 70, device="cpu")
+    with mock.patch.multiple(gemms, PACKED_BYTES=0, PACKED_ROWS=0), mock.patch.object(compiler, "kernel", FakeKernel), \
+            mock.patch.object(launches, "Launch", launch):  # fmt: skip
+        step = step_cases.requantize(case, scheme)
+    assert [launched.kernel.name for launched in step.launches] == ["requantize"]
+    assert step.want().shape == (case.rows, case.inner)
+    words, x = step_cases.packed(case)
+    row, column = case.rows - 1, case.inner - 1
+    expert = int(case.owners[row])
+    within = row - int(case.routing.expert_offsets[expert])
+    group = int(case.routing.expert_offsets[expert]) // 16 + expert + within // 16
+    quarter, part = within % 8 // 2, within % 16 // 8 * 2 + within % 2
+    of = words[group, column // 8, :, quarter, column % 8]
+    bits = sum((int(word) & 0xFF) << (24 - 8 * i) for i, word in enumerate(of)) if part == 3 else int(of[part]) & ~0xFF
+    assert bits & 0xFFFFFFFF == int(x[row, column].view(torch.int32)) & 0xFFFFFFFF
 
 
 def test_sets_of_arrays():

@@ -24,14 +24,15 @@ KINDS = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 static": Sm90Gemms,
 """What GEMM 1 leaves depends on: the backend and, for our own kernels, whether the scale of its codes is given."""
 
 
-def make_layer(kind, experts, hidden, intermediate, *, gated=True):
+def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=False, invariant=False):
     """What `Buffers` takes of a layer; the sizes are multiples of 16."""
     address = SimpleNamespace(data=SimpleNamespace(ptr=0))
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
-        spec=SimpleNamespace(num_experts=experts), expert_offsets=address, expert_counts=address,
+        spec=SimpleNamespace(num_experts=experts, per_act_token=per_token, batch_invariant=invariant),
+        expert_offsets=address, expert_counts=address,
         a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
-        gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, None)),
+        gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, KINDS[kind])),
     )  # fmt: skip
 
 
@@ -49,7 +50,11 @@ def formula(kind, experts, hidden, intermediate, rows, *, gated=True):
     product = (2 if gated else 1) * intermediate
     library = product * (4 if rows * product <= 1 << 20 else 2)
     inner = {"cublaslt": library, "sm90 static": 0}.get(kind, intermediate * 4)
-    first = up(rows * max(hidden, intermediate)) + up(rows * inner)
+    if kind == "sm90" and rows * inner >= 32 * MIB and rows >= 64 * experts:
+        left = (rows // 16 + experts + 1) * 16 * intermediate * 3
+    else:
+        left = rows * inner
+    first = up(rows * max(hidden, intermediate)) + up(left)
     second = up(rows * intermediate) + up(rows * hidden * 2)
     if kind == "sm90 static":
         second += up(rows * hidden)
@@ -97,6 +102,24 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
         assert all(ranges[i][1] <= ranges[i + 1][0] for i in range(len(ranges) - 1))
         assert ranges[-1][1] <= BASE + buffers.nbytes
         assert all(start % 256 == 0 for start, _ in ranges)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options", "dtype"),
+    [
+        (8192, 1024, {}, "packed"),
+        (8191, 1024, {}, "float32"),  # few bytes
+        (511, 1 << 20, {}, "float32"),  # few rows of each expert
+        (8192, 8192, {"per_token": True}, "packed"),
+        (8192, 8208, {"per_token": True}, "float32"),  # read twice
+        (8192, 1024, {"invariant": True}, "float32"),
+    ],
+)
+def test_what_is_packed(rows, columns, options, dtype):
+    layer = make_layer("sm90", 8, 1024, columns, **options)
+    assert Buffers(layer, rows).inner.dtype == dtype
+    assert Buffers(layer, rows, comparable=True).inner.dtype == "float32"
+    assert Buffers(make_layer("mma", 8, 1024, columns, **options), rows).inner.dtype == "float32"
 
 
 def test_every_backend_is_here():

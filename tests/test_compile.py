@@ -80,12 +80,12 @@ def matrix(dtype, cols, aligned):
     return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
 
 
-def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, drop=False):
+def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False):
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     return lambda: launches.quantize(
         0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
-        weighted=weighted, scale=scale, fresh=fresh, drop=drop,
+        weighted=weighted, scale=scale, fresh=fresh,
     )  # fmt: skip
 
 
@@ -132,8 +132,13 @@ def calls():
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
-    made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True, drop=drop)
-             for mode, (rows, drop) in itertools.product(("TENSOR", "TOKEN"), ((9, False), (5000, True)))]  # fmt: skip
+    made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
+    packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
+    made += [
+        lambda m=mode: launches.requantize(
+            0, m, packed, 999, MAPS, 8, 0, codes, partials=ADDRESS, scale_out=ADDRESS
+        ) for mode in ("TENSOR", "TOKEN")
+    ]  # fmt: skip
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
@@ -142,6 +147,7 @@ def calls():
         activate("gelu_tanh", "float16", "TOKEN", ALIGNED[3 * (i % 2)], "float32", True, rows=r, cols=c)
         for i, (r, c) in enumerate(ROWS_TO_SCAN)
     ]
+    made += [activate("silu", "float16", "TOKEN", ALIGNED[0], "None", True, rows=r, cols=c) for r, c in ROWS_TO_SCAN]
     made += [
         combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2))
         for i, (x, y) in enumerate(itertools.product(FLOATS, FLOATS))
@@ -155,7 +161,8 @@ def calls():
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)
                  for bias in biases]  # fmt: skip
-        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]
+        made += [grouped_gemm(sm90, tile, "PACKED", launches.PACKED, act, per_channel=per_row, per_row=per_row)
+                 for per_row, act in ((False, "silu"), (True, "silu"), (True, "gelu_no_mul"))]  # fmt: skip
         made += [
             grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 2 > 0, i % 3 == 2)
             for i, act in enumerate(ACTIVATIONS)
@@ -186,8 +193,8 @@ VALUES = {
     "quantize.cu": {
         "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False},
         "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "FRESH": {True, False},
-        "DROP": {True, False},
     },
+    "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
         "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
@@ -205,8 +212,8 @@ VALUES = {
     },
     "gemm_mma.cu": {
         "ROWS": {tile.rows for tile in mma.TILES}, "STAGES": {tile.stages for tile in mma.TILES}, "FP8": {True, False},
-        "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
-        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
+        "END": {"PRODUCT", "ACTIVATED", "CODES"}, "Out": {"Half", "float"}, "Bias": TYPES | {"None"},
+        "ACT": set(enum("Act")), "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
     },
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
@@ -250,15 +257,17 @@ def test_arguments_are_the_kernels_parameters(name):
                     assert kind(value).value == (value or None if kind is ctypes.c_void_p else value), argument
 
 
+@pytest.mark.parametrize("most", [grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS])
 @pytest.mark.parametrize("rows", [1, 5000])
-def test_blocks_of_whole_rows(rows):
+def test_blocks_of_whole_rows(rows, most):
     """They have every column, in at most as many threads as a block can have."""
     for cols in range(1, 70000, 7):
-        grid = grids.whole_rows(rows, cols)
+        grid = grids.whole_rows(rows, cols, most)
         assert grid.stretches == 1
         assert grid.threads % 32 == 0
         assert grid.stretches * grid.threads * grid.per_thread * grids.VECTOR >= cols
-        assert grid.threads <= grids.MAX_ROW_THREADS, f"{cols} columns"
+        few = grid.per_thread <= grids.FEW_VECTORS
+        assert grid.threads <= (most if few else grids.MAX_ROW_THREADS), f"{cols} columns"
 
 
 @pytest.mark.parametrize("rows", [1, 300, 2**31 - 1])

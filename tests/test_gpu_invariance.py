@@ -36,6 +36,7 @@ CHANNEL = {"kinds": ("(E, n)", "(E, n, 1)")}
 # E, topk, K, N; tokens; options
 CASES = {
     "silu token": ((8, 2, 1024, 512), (7, 64, 222, 1000, 4096), {"per_act_token": True}),
+    "silu token, many values": ((8, 2, 512, 2048), (7, 4096), {"per_act_token": True}),
     "gelu_tanh static": (
         (8, 2, 4096, 256), (7, 64, 222, 1000, 4096), {"activation": "gelu_tanh", "bias": "float32", **STATIC, **CHANNEL}
     ),

@@ -28,7 +28,7 @@ from gpu_cases import (
 )
 
 import cupy_moe
-from cupy_moe import Experts, fused_experts, reference
+from cupy_moe import Experts, fused_experts, gemms, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -249,6 +249,24 @@ def test_batched_sizes(seed):
             want = reference.batched(hidden, tokens, out_dtype="float32", **layer)
             valid = (cupy.arange(max_tokens)[None, :] < tokens[:, None])[:, :, None]
             assert relative_error(cupy.where(valid, got.astype(np.float32), 0), want) <= LAYER_LIMIT
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", [1, 65, 222])
+def test_packed(scheme, tokens, seed, monkeypatch):
+    """What GEMM 1 leaves where it is much, here where it is little: routing with gaps, and rows in the padded form."""
+    monkeypatch.setattr(gemms, "PACKED_BYTES", 0)
+    monkeypatch.setattr(gemms, "PACKED_ROWS", 0)
+    layer, hidden, *call = make_small(seed, tokens=tokens, inner=2040, routing="wild", **SCHEMES[scheme])
+    check_layer(layer, hidden, *call)
+    counts = cupy.asarray([0, tokens, 1, 0, tokens // 2, tokens], np.int32)
+    padded = normal(seed, (6, tokens, 128), "bfloat16")
+    valid = (cupy.arange(tokens)[None, :] < counts[:, None])[:, :, None]
+    experts = Experts(**layer, workspace=WORKSPACE)
+    out = call_repeatedly(lambda out: experts.batched(padded, counts, out), poisoned(padded.shape, "bfloat16"))
+    want = reference.batched(padded, counts, out_dtype="float32", **layer)
+    assert relative_error(cupy.where(valid, out.astype(np.float32), 0), want) <= LAYER_LIMIT
+    assert (valid | (out.view(np.uint8) == 0xFF)).all(), "wrote behind an expert's last token"
 
 
 # ---- backends, validation -----------------------------------------------------------------------------------------
