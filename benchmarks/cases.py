@@ -28,6 +28,7 @@ Cells = dict[Shape, list[int]]
 CELLS: dict[str, Cells] = {
     "all": {shape: list(TOKENS) for shape in SHAPES},
     "prefill": {shape: list(PREFILL_TOKENS) for shape in SHAPES},
+    "both": {shape: [*TOKENS, *PREFILL_TOKENS] for shape in SHAPES},
     "sweep": {SHAPES[2]: [1 << power for power in range(15)]},
 }
 SCHEMES: tuple[str, ...] = ("tensor", "token")

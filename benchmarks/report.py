@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import accuracy
 from benchmarks.summary import (
+    BACKENDS,
     EAGER,
     FIRST_CALL,
     INVARIANCE,
@@ -29,6 +30,7 @@ from benchmarks.summary import (
     invariance,
     load,
     mean,
+    over_fastest,
     over_floor,
     sources,
     speedups,
@@ -165,6 +167,15 @@ def steps_table() -> list[str]:
     return table(["step", "kernel", "scales per", *sizes], lines, texts=3)
 
 
+def backends_table(of: Cells) -> list[str]:
+    """How each backend of cupy_moe stands to the fastest one."""
+    rows = [
+        [f"`{name}`", str(sum(ratio == 1 for ratio in ratios)), f"{mean(ratios):.2f}", f"{max(ratios):.2f}"]
+        for name, ratios in over_fastest(of).items()
+    ]
+    return table(["backend", "fastest in", "time over the fastest, mean", "most"], rows)
+
+
 def _size(record: dict[str, Any]) -> str:
     return f"{named(record['shape'])}, M = {record['M']}"
 
@@ -210,6 +221,13 @@ def details() -> str:
             "The time of one kernel alone, and the bytes that it has to move over that time: in percent of the rate of "
             f"a copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
             f"reading alone {read:.2f} and writing alone {write:.2f}." + notes, "", *steps_table(), "",
+        ]  # fmt: skip
+    beside = cells(BACKENDS)
+    if beside:
+        lines += [
+            "## The backends beside one another", "",
+            f"Scales per tensor, uniform routing, CUDA graph, warm L2 cache, {len(beside)} cells: those of the first "
+            "two tables. The mean is the geometric one.", "", *backends_table(beside), "",
         ]  # fmt: skip
     cost = invariance(load(INVARIANCE)["records"])
     if cost:

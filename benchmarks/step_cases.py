@@ -120,15 +120,15 @@ def quantize(case: Case, scheme: str) -> Step:
     def want() -> torch.Tensor:
         return case.rounded(x[case.routing.dst2src_map.long()], scheme)
 
-    moved = _behind_amax(scheme, (x,), (src2dst,), partials, (codes, scale))
+    moved = _behind_amax(len(steps), (x,), (src2dst,), partials, (codes, scale))
     return Step(steps, moved, lambda: codes.float() * scale, want)
 
 
 def _behind_amax(
-    scheme: str, source: Arrays, also: Arrays, partials: torch.Tensor, written: Arrays
+    launched: int, source: Arrays, also: Arrays, partials: torch.Tensor, written: Arrays
 ) -> list[tuple[Arrays, Arrays]]:
-    """What the kernels read and write that make codes of ``source``, where one scale is for all with an amax first."""
-    if scheme != "tensor":
+    """What the kernels read and write that make codes of ``source``: one, or two with an amax first."""
+    if launched == 1:
         return [((*source, *also), written)]
     return [(source, (partials,)), ((*source, *also, partials), written)]
 
@@ -188,7 +188,7 @@ def activation(case: Case, scheme: str) -> Step:
     def want() -> torch.Tensor:
         return case.rounded(silu_and_mul(product.float().mul_(per_row[:, None]).mul_(weight[case.owners])), scheme)
 
-    moved = _behind_amax(scheme, (product, per_row, weight, owners), (), partials, (codes, scale))
+    moved = _behind_amax(len(steps), (product, per_row, weight, owners), (), partials, (codes, scale))
     return Step(steps, moved, lambda: codes.float() * scale, want)
 
 

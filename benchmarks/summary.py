@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h100.json", "sweep_h100.json"
-SKEWED = "skewed_h100.json"
+SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
 
@@ -64,6 +64,16 @@ def cells(
                 cell[record["backend"] if record["impl"] in cell else record["impl"]] = record
         found |= {key: cell for key, cell in of_file.items() if key not in found}
     return found
+
+
+def over_fastest(of: Cells) -> dict[str, list[float]]:
+    """For each backend its time over that of the fastest, cell by cell."""
+    ratios: dict[str, list[float]] = {}
+    for cell in of.values():
+        times = {record["backend"]: record["us"] for record in cell.values()}
+        for backend, us in times.items():
+            ratios.setdefault(backend, []).append(us / min(times.values()))
+    return ratios
 
 
 def speedups(of: Cells) -> dict[tuple[int, ...], float]:

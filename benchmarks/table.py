@@ -223,7 +223,7 @@ def _choices(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def parse_cells(text: str) -> cases.Cells:
-    """``all``, ``prefill``, ``sweep``, or a list such as ``2,3:64``: shapes by place in SHAPES, with one M or all."""
+    """``all``, ``prefill``, ``both``, ``sweep``, or a list like ``2,3:64``: shapes by place in SHAPES, one M or all."""
     if text in cases.CELLS:
         return cases.CELLS[text]
     chosen: cases.Cells = {}

@@ -22,7 +22,7 @@ from cupy_moe import pipeline
 CALLS, TOKENS = 20, (1, 64, 512, 4096)
 PARTS = {
     "route": "route", "amax_tokens": "quantize", "quantize_shuffle": "quantize", "amax_rows": "activation",
-    "activation_quantize": "activation", "combine": "combine",
+    "activation_quantize": "activation", "requantize": "activation", "combine": "combine",
 }  # fmt: skip
 """Part of each kernel of ours, by the start of its name; all others belong to the GEMM that is due."""
 

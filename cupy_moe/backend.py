@@ -14,7 +14,7 @@ from cupy_moe import arrays, checks, cublaslt, e4m3
 ENVIRONMENT = "CUPY_MOE_BACKEND"
 """The environment variable with the backend to take where none is named."""
 NAMES = ("sm90", "cublaslt", "mma", "reference")
-"""Backends, the preferred one first."""
+"""Backends, the fastest first: the times of all cells are in ``benchmarks/results/backends_h100.json``."""
 VARIES = {
     "cublaslt": "batch_invariant=True rules it out: its algorithms and the dtype of its product depend on the number "
     "of rows, and cuBLASLt promises no order along K",
@@ -82,13 +82,15 @@ def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -
 
 
 def explain(device: int, chosen: str, *, batch_invariant: bool = False) -> str:
-    """One sentence per backend: which runs, and why the others do not."""
+    """One sentence per backend: which runs and why, and why the others do not."""
     if device == arrays.CPU:
         return "reference runs: the arrays are on the CPU."
-    lines = []
-    for name, status in _status(device, batch_invariant).items():
+    lines, every = [], _status(device, batch_invariant)
+    first = next(name for name, status in every.items() if status == "available")
+    for name, status in every.items():
         if name == chosen:
-            lines.append(f"{name} runs on cuda:{device}.")
+            why = ": of those available the first in the order of their speed on an H100" if name == first else ""
+            lines.append(f"{name} runs on cuda:{device}{why}.")
         elif status == "available":
             lines.append(f"{name} is available: backend={name!r} takes it.")
         else:

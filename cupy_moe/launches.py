@@ -21,6 +21,8 @@ PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
 the counts of all."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
+ALONE_ELEMENTS = 1 << 13
+"""Hidden states up to which the blocks of `quantize_shuffle` find their maximum, while routing runs, each by itself."""
 _ROUTE_SHARED_BYTES = 96 * 1024
 _ID_TYPES = {"int32": "int", "int64": "long long"}
 PACKED, GROUP_ROWS = "packed", 16
@@ -171,24 +173,27 @@ def quantize(
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
     partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
 ) -> list[Launch]:
-    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens``; ``weighted`` puts the router weight on the input.
+    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens`` unless ``x`` is small.
+
+    ``weighted`` puts the router weight on the input.
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
     grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
+    alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
             IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-            PER_EXPERT=bool(scale.expert_stride), FRESH=fresh,
+            PER_EXPERT=bool(scale.expert_stride), ALONE=alone, FRESH=fresh,
         )
 
     source: dict[str, Any] = {
         "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
         "cols": cols, "partials": partials,
     }
-    amax = [] if mode != "TENSOR" or fresh else [
+    amax = [] if mode != "TENSOR" or fresh or alone else [
         Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
     ]
     return [*amax, Launch(

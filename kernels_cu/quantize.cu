@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Hidden states to fp8 rows in expert order, with their scales: quantize_shuffle, and amax_tokens in front of it where one
-// dynamic scale serves the whole tensor.
+// dynamic scale serves a whole tensor that is not small.
 //
 // Constants put in front of this text:
 //   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
@@ -9,6 +9,7 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
+//   ALONE       TENSOR without amax_tokens: each block finds the maximum of all tokens
 //   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
 
 constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_tokens that are loaded before the first is used
@@ -72,7 +73,7 @@ extern "C" __global__ void amax_tokens(
 
 // One block takes one token (blockIdx.x) and, where no maximum over the token is needed, one stretch of its columns
 // (blockIdx.y): the token is read once and written to the row of each of its slots. The scale is, by MODE,
-//   TENSOR      that of the maximum in partials, left in scale_out[0] too
+//   TENSOR      that of the maximum in partials, or of all tokens if ALONE, left in scale_out[0] too
 //   STATIC      scale_in[expert] if PER_EXPERT, else scale_in[token * scale_stride]; left in scale_out[row] if not null
 //   TOKEN       that of the row, left in scale_out[row]
 // Fp8 input is always STATIC; with WEIGHTED the router weight goes into the row's scale.
@@ -118,7 +119,17 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
-    if constexpr (MODE == TOKEN) largest = block_max(largest);
+    if constexpr (ALONE) {
+        const int vectors = (cols + VECTOR - 1) / VECTOR, total = gridDim.x * vectors;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < total; i += blockDim.x) {
+            const int col = i % vectors * VECTOR;
+            float other[VECTOR];
+            load_vector<IN_ALIGNED>(x + i / vectors * x_pitch + col, cols - col, other);
+            largest = fmaxf(largest, max_of_vector(other));
+        }
+    }
+    if constexpr (MODE == TOKEN || ALONE) largest = block_max(largest);
 
     uint2 codes[VECS];
     const auto encode = [&](float weight, float scale) {
@@ -138,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
     if constexpr (!FRESH) wait_for_previous_kernel();
     if constexpr (MODE == TENSOR) {
-        token_scale = scale_of_amax(max_of_partials(partials));
+        token_scale = scale_of_amax(ALONE ? largest : max_of_partials(partials));
         if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = token_scale;
     }

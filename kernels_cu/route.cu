@@ -71,11 +71,15 @@ __device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int e
         if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     });
     __syncthreads();
-    for (int expert = warp; expert < shape.experts; expert += warps) {  // a lane per warp: at most 32 of both
-        const int count = lane < warps ? table[lane * pitch + expert] : 0;
-        const int inclusive = warp_inclusive_sum(count);
-        if (lane < warps) table[lane * pitch + expert] = inclusive - count;
-        if (lane == LANES - 1) per_expert(shape.experts)[expert] = inclusive;
+    for (int expert = threadIdx.x; expert < shape.experts; expert += blockDim.x) {
+        int before = 0;
+#pragma unroll 4
+        for (int i = 0; i < warps; ++i) {
+            const int count = table[i * pitch + expert];
+            table[i * pitch + expert] = before;
+            before += count;
+        }
+        per_expert(shape.experts)[expert] = before;
     }
     __syncthreads();
 }

@@ -129,6 +129,7 @@ def calls():
         quantize(dtype, mode, ALIGNED[i % 4], weighted=bool(i % 2))
         for i, (mode, dtype) in enumerate(itertools.product(enum("Mode"), FLOATS))
     ]
+    made += [quantize(dtype, "TENSOR", ALIGNED[i], rows=99) for i, dtype in enumerate(FLOATS)]
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
@@ -192,7 +193,8 @@ TYPES = {"Half", "Bfloat16", "float"}
 VALUES = {
     "quantize.cu": {
         "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False},
-        "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "FRESH": {True, False},
+        "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "ALONE": {True, False},
+        "FRESH": {True, False},
     },
     "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import report, summary
+from cupy_moe import backend
 
 ROOT, RESULTS = summary.ROOT, summary.RESULTS
 TEXTS = {"README.md": report.section, "docs/performance.md": report.details}
@@ -69,6 +70,10 @@ def more_results(monkeypatch, tmp_path):
     other = [{**record, "backend": "other"} for record in plain if record["impl"] == "cupy_moe"]
     save(summary.TABLE, uniform + other)
     save(summary.SKEWED, skewed)
+    save(summary.BACKENDS, [
+        {**record, "us": us, "backend": name}
+        for record in plain[:3] if record["impl"] == "cupy_moe" for name, us in (("sm90", 10), ("mma", 15))
+    ])  # fmt: skip
     large = [{**record, "M": 32 * record["M"]} for record in plain if record["M"] >= 32]
     save(summary.PREFILL, [*large, *({**record, "impl": "torch", "backend": "gemms"} for record in large)])
     save(summary.SWEEP, [{**record, "M": 3 * record["M"]} for record in plain if record["shape"][0] == 64])
@@ -103,6 +108,7 @@ def test_report_of_everything(more_results):
     assert "starts while the one in front of it still runs, which is" in more
     assert "a call takes 1.010 times as long as without it (geometric mean of 45 cells, from 1.010 to 1.010)" in more
     assert "In 45 of 45 cells both have the same bits." in more
+    assert re.search(r"\| `sm90` \| \d \| 1.00 \| 1.00 \|\n\| `mma` \| 0 \| 1.50 \| 1.50 \|", more)
 
 
 def test_plots(more_results, tmp_path):
@@ -127,7 +133,15 @@ def test_results_say_where_they_come_from(path):
     assert content["records"]
 
 
-COUNTS = {summary.TABLE: 45, summary.PREFILL: 25, summary.SWEEP: 15}
+COUNTS = {summary.TABLE: 45, summary.PREFILL: 25, summary.SWEEP: 15, summary.BACKENDS: 70}
+
+
+def test_the_order_of_the_backends():
+    """A call without a name takes the first that is available: in no cell is it 5% slower than the best."""
+    ratios = summary.over_fastest(summary.cells(summary.BACKENDS))
+    assert [*ratios] == [name for name in backend.NAMES if name != "reference"]
+    assert max(ratios[backend.NAMES[0]]) <= 1.05
+    assert summary.mean(ratios["cublaslt"]) < summary.mean(ratios["mma"])
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if (RESULTS / name).exists()])
