@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
-PACKED_BYTES, PACKED_ROWS, PACKED_COLUMNS = 32 << 20, 64, 8192
-"""Where what GEMM 1 leaves is packed: from so many bytes as float32 on, which crowd the L2 cache, and from so many rows
-per expert on, since groups of rows are filled up; per token, where it is read twice, up to so many columns."""
+PACKED_ROWS, PACKED_BYTES, PACKED_COLUMNS = 32, 32 << 20, 2048
+"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up. Per token it
+is read twice, which pays from so many bytes as float32 on, which crowd the L2 cache, and up to so many columns."""
 
 
 def packed(rows: int, experts: int, columns: int, *, per_token: bool) -> bool:
     """Whether ``rows`` rows of ``columns`` activated values are worth packing."""
-    many = rows * columns * 4 >= PACKED_BYTES and rows >= PACKED_ROWS * experts
-    return many and (columns <= PACKED_COLUMNS or not per_token)
+    worth_two_reads = rows * columns * 4 >= PACKED_BYTES and columns <= PACKED_COLUMNS
+    return rows >= PACKED_ROWS * experts and (worth_two_reads or not per_token)
 
 
 def scaling(
