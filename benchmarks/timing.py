@@ -170,7 +170,7 @@ def time_cold(
     return _summary(times)
 
 
-def host_us(call: Callable[[], object], calls: int = 30, rounds: int = 3) -> float:
+def host_us(call: Callable[[], object], calls: int = 30, rounds: int = 10) -> float:
     """Host time of one eager call in microseconds: wall time of ``calls`` calls that wait for nothing.
 
     ``calls`` is small enough that the driver's queue of launches (about a thousand) does not fill up.
