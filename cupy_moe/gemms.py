@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 PACKED_ROWS, PACKED_BYTES, PACKED_COLUMNS = 32, 32 << 20, 2048
-"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up. Per token a
-block holds a group in registers: from so many bytes as float32 on, up to so many columns."""
+"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up. Per token it
+is read twice, which pays from so many bytes as float32 on, which crowd the L2 cache, and up to so many columns."""
 
 
 def packed(rows: int, experts: int, columns: int, *, per_token: bool) -> bool:
     """Whether ``rows`` rows of ``columns`` activated values are worth packing."""
-    worth_a_group = rows * columns * 4 >= PACKED_BYTES and columns <= PACKED_COLUMNS
-    return rows >= PACKED_ROWS * experts and (worth_a_group or not per_token)
+    worth_two_reads = rows * columns * 4 >= PACKED_BYTES and columns <= PACKED_COLUMNS
+    return rows >= PACKED_ROWS * experts and (worth_two_reads or not per_token)
 
 
 def scaling(

@@ -213,14 +213,15 @@ def requantize(
     partials: int, scale_out: int,
 ) -> Launch:
     """``requantize`` of ``x``, `PACKED`; what it holds afterwards is not known."""
-    groups = packed_rows(rows, experts) // GROUP_ROWS
-    cols = x.pitch * VECTOR  # a group is divided as a row is, by pieces instead of vectors, of which it has x.pitch
-    grid = grids.whole_rows(rows, cols) if mode == "TOKEN" else grids.stretches(cols)
+    groups, threads = packed_rows(rows, experts) // GROUP_ROWS, MAX_THREADS // 2
+    stretches = 1
+    if mode == "TENSOR":
+        threads = STRETCH_THREADS
+        stretches = -(-x.pitch // threads)
     return Launch(
-        compiler.kernel("requantize.cu", "requantize", device, MODE=mode, PIECES=grid.per_thread),
-        (groups, grid.stretches), grid.threads, x=x.pointer, cols=x.pitch, expert_offsets=maps.expert_offsets,
-        expert_counts=maps.expert_counts, experts=experts, max_tokens=max_tokens, partials=partials, out=out.pointer,
-        out_pitch=out.pitch, scale_out=scale_out,
+        compiler.kernel("requantize.cu", "requantize", device, MODE=mode), (groups, stretches), threads, x=x.pointer,
+        cols=x.pitch, expert_offsets=maps.expert_offsets, expert_counts=maps.expert_counts, experts=experts,
+        max_tokens=max_tokens, partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )
 
 

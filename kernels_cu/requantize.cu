@@ -2,11 +2,10 @@
 // The many activated values that GEMM 1 leaves PACKED, to the fp8 rows of GEMM 2. Few values are left as they are, and
 // quantize_shuffle takes them.
 //
-// Constants put in front of this text:
+// Constant put in front of this text:
 //   MODE        TENSOR: one scale, of the maximum in partials; TOKEN: one per row
-//   PIECES      pieces of a thread, each of COLUMNS columns of four rows
 
-constexpr int COLUMNS = 4;
+constexpr int COLUMNS = 4;  // that a thread takes at a time, of four rows: PACKED_WORDS vectors
 constexpr int PARTS = LINE / int(sizeof(uint4));  // threads to a line: two for each quarter
 
 struct Group { int row, count; };  // first row, and how many there are of it and behind it
@@ -26,8 +25,8 @@ __device__ __forceinline__ Group find_group(int group, const int* expert_offsets
     return {row + within, expert_counts[expert] - within};
 }
 
-// A block takes a group (blockIdx.x, the last ones first: they are still in the L2 cache) and a stretch of its columns
-// (blockIdx.y), all of them if TOKEN.
+// A block takes a group (blockIdx.x, the last ones first: they are still in the L2 cache) and, if TENSOR, a stretch of its
+// columns (blockIdx.y).
 extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
     const uint4* x,                           // groups of cols columns, see packed.cuh
     int cols,                                 // a multiple of 16
@@ -45,74 +44,63 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
     const Group group = find_group(index, expert_offsets, expert_counts, experts, max_tokens);
     wait_for_previous_kernel();
 
-    if (group.count <= 0 && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its rows
-    const int part = threadIdx.x % PARTS, quarter = part / 2;
-    const int first = blockIdx.y * blockDim.x * PIECES + threadIdx.x;
-    const int stop = group.count > 0 ? cols : 0;  // as many pieces as columns: four of these and four rows each
-    const auto piece = [&](int p) { return first + p * int(blockDim.x); };
-    const auto line_of = [&](int p) {
-        return x + index * packed_pitch(cols) / COLUMNS + piece(p) / PARTS * PACKED_WORDS * PARTS + part;
-    };
-    const auto row_of = [&](int r) { return 2 * quarter + r % 2 + r / 2 * 8; };  // within the group
-
-    uint4 words[PIECES][PACKED_WORDS];
+    const int part = threadIdx.x % PARTS, quarter = part / 2, step = MODE == TOKEN ? blockDim.x : cols;
+    const uint4* of_group = x + index * packed_pitch(cols) / COLUMNS;
+    const int begin = MODE == TOKEN ? threadIdx.x : blockIdx.y * blockDim.x + threadIdx.x;
+    const auto line_of = [&](int i) { return of_group + (i / PARTS * PACKED_WORDS) * PARTS + part; };
+    const auto load = [&](int i, float (&v)[COLUMNS][4]) {
+        uint4 words[PACKED_WORDS];
 #pragma unroll
-    for (int p = 0; p < PIECES; ++p) {
-#pragma unroll
-        for (int w = 0; w < PACKED_WORDS; ++w)
-            words[p][w] = piece(p) < stop ? line_of(p)[w * PARTS] : make_uint4(0, 0, 0, 0);
-    }
-    const auto unpack_piece = [&](int p, float (&v)[COLUMNS][4]) {
-        const u32* of = reinterpret_cast<const u32*>(words[p]);
+        for (int w = 0; w < PACKED_WORDS; ++w) words[w] = line_of(i)[w * PARTS];
+        const u32* of = reinterpret_cast<const u32*>(words);
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) unpack({of[c], of[COLUMNS + c], of[2 * COLUMNS + c]}, v[c]);
     };
+    const auto row_of = [&](int r) { return 2 * quarter + r % 2 + r / 2 * 8; };  // within the group
 
     float scale[4];
     if constexpr (MODE == TENSOR) {
         scale[0] = scale_of_amax(max_of_partials(partials));
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale[0];
-    } else {
-        int largest[4] = {};
-#pragma unroll
-        for (int p = 0; p < PIECES; ++p) {
+    }
+    if (group.count <= 0) return;
+    if constexpr (MODE == TOKEN) {
+        float largest[4] = {};
+        for (int i = begin; i < cols; i += step) {
             float v[COLUMNS][4];
-            unpack_piece(p, v);
+            load(i, v);
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
-                for (int r = 0; r < 4; ++r) largest[r] = max_biased(largest[r], v[c][r]);
+                for (int r = 0; r < 4; ++r) largest[r] = fmaxf(largest[r], finite_magnitude(v[c][r]));
         }
         __shared__ int of_rows[GROUP_ROWS];
         if (threadIdx.x < GROUP_ROWS) of_rows[threadIdx.x] = 0;
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            for (int other : {1, 8, 16}) largest[r] = max(largest[r], __shfl_xor_sync(FULL_WARP, largest[r], other));
-            if (threadIdx.x % LANES == 2 * quarter) atomicMax(of_rows + row_of(r), largest[r]);
+            for (int other : {1, 8, 16}) largest[r] = fmaxf(largest[r], __shfl_xor_sync(FULL_WARP, largest[r], other));
+            if (threadIdx.x % LANES == 2 * quarter) atomicMax(of_rows + row_of(r), __float_as_int(largest[r]));
         }
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            scale[r] = scale_of_amax(unbiased(of_rows[row_of(r)]));
+            scale[r] = scale_of_amax(__int_as_float(of_rows[row_of(r)]));
             if (threadIdx.x == 2 * quarter && row_of(r) < group.count) scale_out[group.row + row_of(r)] = scale[r];
         }
     }
-#pragma unroll
-    for (int p = 0; p < PIECES; ++p) {
+    for (int i = begin; i < cols; i += step) {
         float v[COLUMNS][4];
-        unpack_piece(p, v);
+        load(i, v);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const Divisor by(scale[MODE == TENSOR ? 0 : r]);
             const u32 codes = encode_pair(by.divide(v[0][r]), by.divide(v[1][r])) |
                               encode_pair(by.divide(v[2][r]), by.divide(v[3][r])) << 16;
-            u8* to = out + (group.row + row_of(r)) * out_pitch + piece(p) / PARTS * 8 + part % 2 * COLUMNS;
-            if (piece(p) < stop && row_of(r) < group.count) *reinterpret_cast<u32*>(to) = codes;
+            u8* to = out + (group.row + row_of(r)) * out_pitch + i / PARTS * 8 + part % 2 * COLUMNS;
+            if (row_of(r) < group.count) *reinterpret_cast<u32*>(to) = codes;
         }
+        __syncwarp(0xffu << (threadIdx.x % LANES / PARTS * PARTS));  // those of these lines
+        if (part < PACKED_WORDS) discard_line(line_of(i) - part + part * PARTS);
     }
-    __syncwarp();  // all of it has been read
-#pragma unroll
-    for (int p = 0; p < PIECES; ++p)
-        if (piece(p) < stop && part < PACKED_WORDS) discard_line(line_of(p) - part + part * PARTS);
 }
