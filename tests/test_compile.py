@@ -133,7 +133,8 @@ def calls():
     made += [quantize("float16", "STATIC", ALIGNED[0], weighted=w, per_expert=True) for w in (False, True)]
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
-    made += [quantize("float32", mode, ALIGNED[0], fresh=True) for mode in ("TENSOR", "TOKEN")]
+    made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
+             for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
     made += [
         lambda m=mode: launches.requantize(
@@ -162,6 +163,7 @@ def calls():
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)
                  for bias in biases]  # fmt: skip
+        made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]
         made += [grouped_gemm(sm90, tile, "PACKED", launches.PACKED, act, per_channel=per_row, per_row=per_row)
                  for per_row, act in ((False, "silu"), (True, "silu"), (True, "gelu_no_mul"))]  # fmt: skip
         made += [
