@@ -136,16 +136,16 @@ def _behind_amax(
 def requantize(case: Case, scheme: str) -> Step:
     """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2.
 
-    Many values are packed, and lost when they have been read once.
+    Many values with one scale are packed, and lost when they have been read once.
     """
     codes, owners = case.empty(case.rows, case.inner, dtype=FP8), case.routing.row_experts
     scale, partials, told = case.scaling(scheme)
-    if gemms.packed(case.rows, case.experts, case.inner, per_token=scheme == "token"):
+    if scheme == "tensor" and case.rows >= gemms.PACKED_ROWS * case.experts:
         words, x = packed(case)
         maps = Maps(*(array.data_ptr() for array in case.routing))
         steps = [launches.requantize(
-            DEVICE, scheme.upper(), Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, maps,
-            case.experts, 0, matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
+            DEVICE, Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, maps, case.experts, 0,
+            matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
         )]  # fmt: skip
         read: Arrays = (words, case.routing.expert_offsets, case.routing.expert_counts)
     else:

@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
-PACKED_ROWS, PACKED_BYTES, PACKED_COLUMNS = 32, 32 << 20, 2048
-"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up. Per token it
-is read twice, which pays from so many bytes as float32 on, which crowd the L2 cache, and up to so many columns."""
-
-
-def packed(rows: int, experts: int, columns: int, *, per_token: bool) -> bool:
-    """Whether ``rows`` rows of ``columns`` activated values are worth packing."""
-    worth_two_reads = rows * columns * 4 >= PACKED_BYTES and columns <= PACKED_COLUMNS
-    return rows >= PACKED_ROWS * experts and (worth_two_reads or not per_token)
+PACKED_ROWS = 32
+"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up."""
 
 
 def scaling(
@@ -123,8 +116,8 @@ class OwnGemms:
         if layer.a2_scale is not None:
             return 0, 0, "float32"
         columns, experts = layer.intermediate, layer.spec.num_experts
-        # Whether they are packed depends on their number: the bits of a row must not.
-        worth = not layer.spec.batch_invariant and packed(rows, experts, columns, per_token=layer.spec.per_act_token)
+        # A scale per token takes two readings. (So batch_invariant packs nothing, which refuses one scale for all.)
+        worth = rows >= PACKED_ROWS * experts and not layer.spec.per_act_token
         if self.packs and worth and not comparable:
             return launches.packed_rows(rows, experts), columns, launches.PACKED
         return rows, columns, "float32"
@@ -156,7 +149,7 @@ class OwnGemms:
             return [gemm], result
         if end.kind == "PACKED":
             return [gemm, launches.requantize(
-                layer.device, mode, out, shape.rows, buffers.maps, layer.spec.num_experts, shape.max_tokens, buffers.a,
+                layer.device, out, shape.rows, buffers.maps, layer.spec.num_experts, shape.max_tokens, buffers.a,
                 partials=end.partials, scale_out=scale_out,
             )], result
         return [gemm, *launches.quantize(

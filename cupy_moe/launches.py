@@ -209,19 +209,17 @@ def packed_rows(rows: int, experts: int) -> int:
 
 
 def requantize(
-    device: int, mode: str, x: Matrix, rows: int, maps: Maps, experts: int, max_tokens: int, out: Matrix, *,
-    partials: int, scale_out: int,
+    device: int, x: Matrix, rows: int, maps: Maps, experts: int, max_tokens: int, out: Matrix, *, partials: int,
+    scale_out: int,
 ) -> Launch:
     """``requantize`` of ``x``, `PACKED`; what it holds afterwards is not known."""
-    groups, threads = packed_rows(rows, experts) // GROUP_ROWS, MAX_THREADS // 2
-    stretches = 1
-    if mode == "TENSOR":
-        threads = STRETCH_THREADS
-        stretches = -(-x.pitch // threads)
+    # A group is divided as a row is, by pieces of four columns of four rows instead of vectors.
+    grid = grids.stretches(x.pitch * VECTOR)
     return Launch(
-        compiler.kernel("requantize.cu", "requantize", device, MODE=mode), (groups, stretches), threads, x=x.pointer,
-        cols=x.pitch, expert_offsets=maps.expert_offsets, expert_counts=maps.expert_counts, experts=experts,
-        max_tokens=max_tokens, partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+        compiler.kernel("requantize.cu", "requantize", device),
+        (packed_rows(rows, experts) // GROUP_ROWS, grid.stretches), grid.threads, x=x.pointer, cols=x.pitch,
+        expert_offsets=maps.expert_offsets, expert_counts=maps.expert_counts, experts=experts, max_tokens=max_tokens,
+        partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )
 
 

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The many activated values that GEMM 1 leaves PACKED, to the fp8 rows of GEMM 2. Few values are left as they are, and
-// quantize_shuffle takes them.
-//
-// Constant put in front of this text:
-//   MODE        TENSOR: one scale, of the maximum in partials; TOKEN: one per row
+// The many activated values that GEMM 1 leaves PACKED, to the fp8 rows of GEMM 2, with one scale for all. Few values are left
+// as they are, and so are those that have a scale per row, for which they would be read twice: quantize_shuffle takes them.
 
 constexpr int COLUMNS = 4;  // that a thread takes at a time, of four rows: PACKED_WORDS vectors
 constexpr int PARTS = LINE / int(sizeof(uint4));  // threads to a line: two for each quarter
@@ -25,8 +22,8 @@ __device__ __forceinline__ Group find_group(int group, const int* expert_offsets
     return {row + within, expert_counts[expert] - within};
 }
 
-// A block takes a group (blockIdx.x, the last ones first: they are still in the L2 cache) and, if TENSOR, a stretch of its
-// columns (blockIdx.y).
+// A block takes a group (blockIdx.x, the last ones first: they are still in the L2 cache) and a stretch of its columns
+// (blockIdx.y), a thread four rows of COLUMNS columns.
 extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
     const uint4* x,                           // groups of cols columns, see packed.cuh
     int cols,                                 // a multiple of 16
@@ -34,73 +31,40 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
     const int* expert_counts,                 // (experts,)
     int experts,
     int max_tokens,                           // padded form: expert e's rows begin at e * max_tokens; else 0
-    const float* partials,                    // TENSOR
+    const float* partials,                    // the maximum is among them
     u8* __restrict__ out,                     // (rows, out_pitch), columns up to cols
     long long out_pitch,
-    float* __restrict__ scale_out)            // (1,) or, if TOKEN, (rows,)
+    float* __restrict__ scale_out)            // (1,)
 {
     start_next_kernel();  // nothing that it reads before its own wait comes from here
     const int index = gridDim.x - 1 - blockIdx.x;
     const Group group = find_group(index, expert_offsets, expert_counts, experts, max_tokens);
     wait_for_previous_kernel();
+    if (group.count <= 0 && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its rows
 
-    const int part = threadIdx.x % PARTS, quarter = part / 2, step = MODE == TOKEN ? blockDim.x : cols;
-    const uint4* of_group = x + index * packed_pitch(cols) / COLUMNS;
-    const int begin = MODE == TOKEN ? threadIdx.x : blockIdx.y * blockDim.x + threadIdx.x;
-    const auto line_of = [&](int i) { return of_group + (i / PARTS * PACKED_WORDS) * PARTS + part; };
-    const auto load = [&](int i, float (&v)[COLUMNS][4]) {
-        uint4 words[PACKED_WORDS];
+    const int part = threadIdx.x % PARTS, quarter = part / 2;
+    const int piece = blockIdx.y * blockDim.x + threadIdx.x;  // of which there are as many as columns
+    const bool exists = group.count > 0 && piece < cols;
+    const uint4* line = x + index * packed_pitch(cols) / COLUMNS + piece / PARTS * PACKED_WORDS * PARTS + part;
+    uint4 words[PACKED_WORDS];
 #pragma unroll
-        for (int w = 0; w < PACKED_WORDS; ++w) words[w] = line_of(i)[w * PARTS];
-        const u32* of = reinterpret_cast<const u32*>(words);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) unpack({of[c], of[COLUMNS + c], of[2 * COLUMNS + c]}, v[c]);
-    };
-    const auto row_of = [&](int r) { return 2 * quarter + r % 2 + r / 2 * 8; };  // within the group
+    for (int w = 0; w < PACKED_WORDS; ++w) words[w] = exists ? line[w * PARTS] : make_uint4(0, 0, 0, 0);
+    const float scale = scale_of_amax(max_of_partials(partials));
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
 
-    float scale[4];
-    if constexpr (MODE == TENSOR) {
-        scale[0] = scale_of_amax(max_of_partials(partials));
-        if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale[0];
+    float v[COLUMNS][4];
+    const u32* of = reinterpret_cast<const u32*>(words);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) unpack({of[c], of[COLUMNS + c], of[2 * COLUMNS + c]}, v[c]);
+    const Divisor by(scale);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const int row = 2 * quarter + r % 2 + r / 2 * 8;  // within the group
+        const u32 codes = encode_pair(by.divide(v[0][r]), by.divide(v[1][r])) |
+                          encode_pair(by.divide(v[2][r]), by.divide(v[3][r])) << 16;
+        u8* to = out + (group.row + row) * out_pitch + piece / PARTS * 8 + part % 2 * COLUMNS;
+        if (exists && row < group.count) *reinterpret_cast<u32*>(to) = codes;
     }
-    if (group.count <= 0) return;
-    if constexpr (MODE == TOKEN) {
-        float largest[4] = {};
-        for (int i = begin; i < cols; i += step) {
-            float v[COLUMNS][4];
-            load(i, v);
-#pragma unroll
-            for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-                for (int r = 0; r < 4; ++r) largest[r] = fmaxf(largest[r], finite_magnitude(v[c][r]));
-        }
-        __shared__ int of_rows[GROUP_ROWS];
-        if (threadIdx.x < GROUP_ROWS) of_rows[threadIdx.x] = 0;
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            for (int other : {1, 8, 16}) largest[r] = fmaxf(largest[r], __shfl_xor_sync(FULL_WARP, largest[r], other));
-            if (threadIdx.x % LANES == 2 * quarter) atomicMax(of_rows + row_of(r), __float_as_int(largest[r]));
-        }
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            scale[r] = scale_of_amax(__int_as_float(of_rows[row_of(r)]));
-            if (threadIdx.x == 2 * quarter && row_of(r) < group.count) scale_out[group.row + row_of(r)] = scale[r];
-        }
-    }
-    for (int i = begin; i < cols; i += step) {
-        float v[COLUMNS][4];
-        load(i, v);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const Divisor by(scale[MODE == TENSOR ? 0 : r]);
-            const u32 codes = encode_pair(by.divide(v[0][r]), by.divide(v[1][r])) |
-                              encode_pair(by.divide(v[2][r]), by.divide(v[3][r])) << 16;
-            u8* to = out + (group.row + row_of(r)) * out_pitch + i / PARTS * 8 + part % 2 * COLUMNS;
-            if (row_of(r) < group.count) *reinterpret_cast<u32*>(to) = codes;
-        }
-        __syncwarp(0xffu << (threadIdx.x % LANES / PARTS * PARTS));  // those of these lines
-        if (part < PACKED_WORDS) discard_line(line_of(i) - part + part * PARTS);
-    }
+    __syncwarp();  // all of it has been read
+    if (exists && part < PACKED_WORDS) discard_line(line - part + part * PARTS);
 }

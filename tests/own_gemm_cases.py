@@ -200,20 +200,16 @@ class Layer(Case):
         got = cupy.ascontiguousarray(self.unpacked(words)[self.places()])
         assert same_bits(got.view(np.uint32), activated.view(np.uint32) & np.uint32(0xFFFFFF00)), f"{tile}: packed"
         maps = Maps(self.offsets.data.ptr, self.device_counts.data.ptr, 0, 0, 0)
-        for mode in ("TENSOR", "TOKEN"):
-            codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
-            scales = poison(cupy.empty(len(self.x) if mode == "TOKEN" else 1, np.float32))
-            filled = words.copy()  # what is read is dropped
-            requantize(
-                0, mode, packed._replace(pointer=filled.data.ptr), len(self.x), maps, self.experts, self.max_tokens,
-                Matrix(codes.data.ptr, self.pitch, "uint8"), partials=self.partials.data.ptr, scale_out=scales.data.ptr,
-            )(stream)
-            largest = abs(got).max(axis=1) if mode == "TOKEN" else self.partials.max()
-            want = cupy.maximum(largest, np.float32(1e-30)) / np.float32(448)
-            assert same_bits(scales[self.valid] if mode == "TOKEN" else scales[0], want), f"{tile}, {mode}: scale"
-            want = e4m3.encode(got / (want[:, None] if mode == "TOKEN" else want))
-            assert same_bits(codes[self.valid], want), f"{tile}, {mode}: codes"
-            assert bool((codes[self.nobody] == 0xFF).all()), f"{tile}, {mode}: wrote to rows of nobody"
+        codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
+        scale = poison(cupy.empty(1, np.float32))
+        requantize(
+            0, packed, len(self.x), maps, self.experts, self.max_tokens, Matrix(codes.data.ptr, self.pitch, "uint8"),
+            partials=self.partials.data.ptr, scale_out=scale.data.ptr,
+        )(stream)
+        want = cupy.maximum(self.partials.max(), np.float32(1e-30)) / np.float32(448)
+        assert same_bits(scale[0], want), f"{tile}: scale"
+        assert same_bits(codes[self.valid], e4m3.encode(got / want)), f"{tile}: codes"
+        assert bool((codes[self.nobody] == 0xFF).all()), f"{tile}: wrote to rows of nobody"
 
     def unpacked(self, words):
         """(groups * 16, pitch) float32 of the words that ``packed.cuh`` describes."""

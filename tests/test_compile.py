@@ -136,11 +136,7 @@ def calls():
     made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
              for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
-    made += [
-        lambda m=mode: launches.requantize(
-            0, m, packed, 999, MAPS, 8, 0, codes, partials=ADDRESS, scale_out=ADDRESS
-        ) for mode in ("TENSOR", "TOKEN")
-    ]  # fmt: skip
+    made += [lambda: launches.requantize(0, packed, 999, MAPS, 8, 0, codes, partials=ADDRESS, scale_out=ADDRESS)]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
@@ -198,7 +194,7 @@ VALUES = {
         "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "ALONE": {True, False},
         "FRESH": {True, False},
     },
-    "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
+    "requantize.cu": {},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
         "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
