@@ -209,6 +209,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     // The row counts are older than the kernel in front, which wrote the rows, and the one before that.
     if (threadIdx.x < LANES) make_schedule(groups, entries);
     if (threadIdx.x == CONSUMERS) {
+        prefetch_map(weights);
+        prefetch_map(rows);
         block_largest = 0;
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(ring.full(i), 1);

@@ -21,7 +21,11 @@ __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entri
     int tiles = 0, used = 0;
     for (int base = 0; base < groups.experts; base += LANES) {
         const int expert = base + lane;
+        // Both loads at once: the weights wait for them.
         const int count = expert < groups.experts ? groups.expert_counts[expert] : 0;
+        const int row = expert >= groups.experts ? 0
+                        : groups.max_tokens      ? expert * groups.max_tokens
+                                                 : groups.expert_offsets[expert];
         const int mine = (count + ROWS - 1) / ROWS * groups.channel_tiles;
         int inclusive = mine;
         for (int offset = 1; offset < LANES; offset *= 2) {
@@ -29,10 +33,7 @@ __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entri
             if (lane >= offset) inclusive += left;
         }
         const u32 with_rows = __ballot_sync(FULL_WARP, mine > 0);
-        if (mine > 0) {
-            const int row = groups.max_tokens ? expert * groups.max_tokens : groups.expert_offsets[expert];
-            entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, row, count};
-        }
+        if (mine > 0) entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, row, count};
         tiles += __shfl_sync(FULL_WARP, inclusive, LANES - 1);
         used += __popc(with_rows);
     }
