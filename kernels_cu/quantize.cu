@@ -35,6 +35,7 @@ extern "C" __global__ void amax_tokens(
 {
     // Without the map this runs beside the routing kernel in front: x is older than that.
     const bool needs_map = WEIGHTED || valid_only;
+    start_next_kernel();  // it reads nothing but x before its own wait
     if (needs_map) wait_for_previous_kernel();
     const u32 vectors = (cols + VECTOR - 1) / VECTOR, threads = gridDim.x * blockDim.x;
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
