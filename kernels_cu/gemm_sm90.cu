@@ -34,6 +34,7 @@ constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
+constexpr bool LARGE = ROWS > 128;  // a thread of the consumers needs more than a third of the registers for three
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 
@@ -222,12 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {
-        // In all 3 * 168 registers for each thread of three warpgroups: 40 + 2 * 232.
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        // In all 3 * 168 registers for each thread of three warpgroups: 40 + 2 * 232. Smaller tiles take what they need, and
+        // blocks of the kernels around this one run beside them.
+        if constexpr (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == CONSUMERS) produce(ring, weights, rows, groups, entries);
         __syncwarp();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if constexpr (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous_kernel();
         consume(ring, groups, end, &block_largest);
     }
