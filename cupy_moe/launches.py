@@ -109,8 +109,11 @@ class Maps(NamedTuple):
 
 
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, two numbers per expert."""
-    warps = min(max(up(pairs, 32) // 32, 4), 32)
+    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, two numbers per expert.
+
+    If there is room, the last warp has no pairs.
+    """
+    warps = min(max(up(pairs, 32) // 32, 4) + 1, 32)
     while warps > 1 and (warps + 2) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
         warps //= 2
     return warps * 32, (warps + 2) * (experts | 1) * 4
@@ -127,9 +130,12 @@ def route_blocks(pairs: int) -> int:
 
 def route(
     device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, *, expert_map: int = 0,
-    map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
+    map_size: int = 0, tables: Tables | None = None, scratch: int = 0, routed: int = 0,
 ) -> list[Launch]:
-    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
+    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``.
+
+    ``routed``: an int32 that becomes 1 when counts and offsets are there, for kernels that start earlier.
+    """
     pairs = tokens * topk
     blocks = route_blocks(pairs)
 
@@ -144,7 +150,7 @@ def route(
     }
     summed: dict[str, Any] = {
         "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
-        "tables": (tables or Tables())._asdict(),
+        "tables": (tables or Tables())._asdict(), "routed": routed,
     }
     per_block = _pairs_per_block(pairs)
     threads, shared = _route_threads(pairs if blocks == 1 else per_block, experts)
@@ -152,19 +158,20 @@ def route(
         return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
     split: dict[str, Any] = {**shape, "pairs_per_block": per_block, "block_counts": scratch}
     return [
-        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split),
+        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, routed=routed),
         Launch(kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed, **summed),
     ]
 
 
 def route_padded(
-    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables
+    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables,
+    routed: int = 0,
 ) -> Launch:
-    """The same tables for rows that already lie at ``expert * max_tokens``."""
+    """The same tables for rows that already lie at ``expert * max_tokens``; ``routed`` becomes the number of experts."""
     return Launch(
         compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype]), (experts, 1), STRETCH_THREADS,
         expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens, expert_counts=maps.expert_counts,
-        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(),
+        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(), routed=routed,
     )
 
 

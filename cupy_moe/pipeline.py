@@ -84,6 +84,7 @@ class Layer:
         self.expert_offsets = dedicated((experts + 1,), np.int32)
         self.expert_counts = dedicated((experts,), np.int32)
         self.pointers = dedicated((4, experts), np.int64)
+        self.routed = dedicated((1,), np.int32)
         self.partials = dedicated((2, launches.PARTIALS), np.float32)
         self.tensor_scales = dedicated((2,), np.float32)
         # It keeps no reference to the layer: memory in a cycle would be given back at any time, even during a capture.
@@ -192,13 +193,15 @@ class Plan:
         experts = layer.spec.num_experts
         if shape.max_tokens:
             return [launches.route_padded(
-                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables
+                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables,
+                layer.routed.data.ptr,
             )]
         expert_map = layer.spec.expert_map
         return launches.route(
             layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps,
             expert_map=expert_map.info.pointer if expert_map else 0,
             map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
+            routed=layer.routed.data.ptr,
         )
 
     def _quantize(self) -> tuple[list[Launch], RowScale]:

@@ -85,6 +85,8 @@ class Groups(NamedTuple):
     expert_counts: int
     claims: int  # two int32, 0 at first, that no other launch uses at the same time
     max_tokens: int = 0
+    routed: int = 0  # an int32 that is at least `routers` when counts and offsets are there; 0: they are
+    routers: int = 0
 
 
 class End(NamedTuple):

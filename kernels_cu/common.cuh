@@ -33,16 +33,32 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta
 // kernel in front is done anyway and both instructions do nothing.
 // A kernel may let the next one start before it waits itself. For that next kernel, two kernels may still be running.
 // What the kernel in front writes must not be a `const __restrict__` parameter: loads of those may move to before the wait.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void only_wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    only_wait_for_previous_kernel();
+    start_next_kernel();
+}
+
+// ---- counters between kernels that run at the same time ----------------------------------------------------------
+// What the threads of a block have written that this one has met at a barrier comes before it.
+__device__ __forceinline__ void announce(int* counter) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_for_announced(const int* counter, int wanted) {
+    int there;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+    while (there < wanted);
 }
 
 // ---- conversions ------------------------------------------------------------------------------------------------

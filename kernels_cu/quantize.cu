@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     long long out_pitch,
     float* __restrict__ scale_out)
 {
+    start_next_kernel();  // what that reads before its own wait does not come from here
     constexpr bool READY = sizeof(In) == 1;
     constexpr bool CODES_PER_SLOT = (WEIGHTED || PER_EXPERT) && !READY;
     // Backwards: what amax_tokens read last is still in the L2 cache.
@@ -104,7 +105,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
 
     bool wanted = true;
     if constexpr (FRESH) {
-        start_next_kernel();  // nothing that it reads before its own wait comes from here
         wanted = row_experts[token] >= 0;  // older than the kernel in front
         wait_for_previous_kernel();
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row

@@ -141,6 +141,18 @@ __device__ __forceinline__ int place_experts(int experts, const int* counts, Vis
     return total;
 }
 
+// The kernels behind may start, with `routed` back at 0: none of them takes what an earlier call has announced for this one's.
+// The last warp does that, which has no pairs, so that none waits for it.
+__device__ __forceinline__ void begin(int* routed) {
+    only_wait_for_previous_kernel();
+    if (threadIdx.x != blockDim.x - 1) return;
+    if (routed && blockIdx.x == 0) {
+        *routed = 0;
+        __threadfence();
+    }
+    start_next_kernel();
+}
+
 // Rows past the last valid one.
 __device__ __forceinline__ void clear_tail(int first, int step, int begin, int pairs, int* dst2src_map, int* row_experts) {
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
@@ -149,9 +161,9 @@ __device__ __forceinline__ void clear_tail(int first, int step, int begin, int p
 // All in one block.
 extern "C" __global__ void route(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int* expert_offsets,
-    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables)
+    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables, int* routed)
 {
-    wait_for_previous_kernel();
+    begin(routed);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     count_pairs(shape, 0, pairs);
     int* first = per_expert(experts);
@@ -159,7 +171,10 @@ extern "C" __global__ void route(
         first[expert] = expert_offsets[expert] = row;
         write_expert(expert, experts, row, count, expert_counts, tables);
     });
-    if (threadIdx.x == 0) expert_offsets[experts] = total;
+    if (threadIdx.x == 0) {
+        expert_offsets[experts] = total;
+        if (routed) announce(routed);
+    }
     place_pairs(shape, 0, pairs, dst2src_map, src2dst_map, row_experts);
     clear_tail(threadIdx.x, blockDim.x, total, pairs, dst2src_map, row_experts);
 }
@@ -167,12 +182,12 @@ extern "C" __global__ void route(
 // block_counts[block][expert] for the stretch of each block.
 extern "C" __global__ void route_count(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
-    int* block_counts)
+    int* block_counts, int* routed)
 {
-    wait_for_previous_kernel();
+    begin(routed);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
-    const int begin = blockIdx.x * pairs_per_block;
-    count_pairs(shape, begin, min(begin + pairs_per_block, pairs));
+    const int first = blockIdx.x * pairs_per_block;
+    count_pairs(shape, first, min(first + pairs_per_block, pairs));
     for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
         block_counts[(long long)blockIdx.x * experts + expert] = per_expert(experts)[expert];
 }
@@ -182,7 +197,7 @@ extern "C" __global__ void route_count(
 extern "C" __global__ void route_place(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
     const int* block_counts, int* expert_offsets, int* expert_counts, int* dst2src_map, int* src2dst_map,
-    int* row_experts, Tables tables)
+    int* row_experts, Tables tables, int* routed)
 {
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int begin = blockIdx.x * pairs_per_block;
@@ -209,7 +224,10 @@ extern "C" __global__ void route_place(
         expert_offsets[expert] = row;
         write_expert(expert, experts, row, count, expert_counts, tables);
     });
-    if (blockIdx.x == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        expert_offsets[experts] = total;
+        if (routed) announce(routed);
+    }
     place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
     clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, total, pairs, dst2src_map, row_experts);
 }
@@ -217,9 +235,9 @@ extern "C" __global__ void route_place(
 // The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
 extern "C" __global__ void route_padded(
     const Id* expert_num_tokens, int experts, int max_tokens, int* expert_counts, int* src2dst_map, int* row_experts,
-    Tables tables)
+    Tables tables, int* routed)
 {
-    wait_for_previous_kernel();
+    begin(routed);
     const int expert = blockIdx.x;
     const int count = int(max(Id(0), min(Id(max_tokens), expert_num_tokens[expert])));
     for (int i = threadIdx.x; i < max_tokens; i += blockDim.x) {
@@ -227,5 +245,7 @@ extern "C" __global__ void route_padded(
         src2dst_map[row] = i < count ? row : -1;
         row_experts[row] = i < count ? expert : -1;
     }
-    if (threadIdx.x == 0) write_expert(expert, experts, expert * max_tokens, count, expert_counts, tables);
+    if (threadIdx.x > 0) return;
+    write_expert(expert, experts, expert * max_tokens, count, expert_counts, tables);
+    if (routed) announce(routed);
 }

@@ -9,14 +9,17 @@ struct Groups {
     int max_tokens;             // padded form: expert e's rows begin at e * max_tokens; else 0
     int channel_tiles;          // tiles along the weight rows of one expert
     int steps;                  // stages along K
+    const int* routed;          // how many blocks have written counts and offsets; null: all
+    int routers;                // how many do
     int* claims;                // {tiles taken beyond the first of each block, blocks done}, both 0 between launches
 };
 
 // An expert with rows; the last entry is the end, with the number of tiles in all.
 struct alignas(16) Entry { int first_tile, expert, row, count; };
 
-// By one warp.
+// By one warp. Routing may still be running.
 __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entries) {
+    if (groups.routed) wait_for_announced(groups.routed, groups.routers);
     const int lane = threadIdx.x % LANES;
     int tiles = 0, used = 0;
     for (int base = 0; base < groups.experts; base += LANES) {
