@@ -142,12 +142,12 @@ def requantize(case: Case, scheme: str) -> Step:
     scale, partials, told = case.scaling(scheme)
     if scheme == "tensor" and case.rows >= gemms.PACKED_ROWS * case.experts:
         words, x = packed(case)
-        maps = Maps(*(array.data_ptr() for array in case.routing))
+        spans = torch.stack([case.routing.expert_offsets[:-1], case.routing.expert_counts], dim=1)
         steps = [launches.requantize(
-            DEVICE, Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, maps, case.experts, 0,
+            DEVICE, Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, spans.data_ptr(), case.experts,
             matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
         )]  # fmt: skip
-        read: Arrays = (words, case.routing.expert_offsets, case.routing.expert_counts)
+        read: Arrays = (words, spans)
     else:
         words = x = case.normal(case.rows, case.inner, dtype=torch.float32)
         steps = launches.quantize(

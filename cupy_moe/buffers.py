@@ -40,7 +40,7 @@ class Buffers:
         self.a_scales = carver.take(rows * 4)
         self.maps = Maps(
             layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
-            carver.take(rows * 4),
+            carver.take(rows * 4), layer.spans.data.ptr,
         )
         self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
         self.nbytes = carver.used

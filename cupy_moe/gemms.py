@@ -123,14 +123,7 @@ class OwnGemms:
         return rows, columns, "float32"
 
     def _groups(self, buffers: Buffers, gemm: int) -> Groups:
-        return Groups(buffers.maps.expert_offsets, buffers.maps.expert_counts, self._claims[gemm].data.ptr)
-
-    def _routed_groups(self, layer: Layer, shape: CallShape, buffers: Buffers, gemm: int) -> Groups:
-        """Those of a call, which may still be on their way when a GEMM starts."""
-        return self._groups(buffers, gemm)._replace(
-            max_tokens=shape.max_tokens, routed=layer.routed.data.ptr,
-            routers=layer.spec.num_experts if shape.max_tokens else 1,
-        )
+        return Groups(buffers.maps.spans, self._claims[gemm].data.ptr)
 
     def _gemm1(self, layer: Layer, buffers: Buffers, x_scale: RowScale) -> tuple[Matrix, End]:
         """Where GEMM 1's result goes, and how it ends."""
@@ -149,13 +142,13 @@ class OwnGemms:
         mode, _, scale_out, result = a_scaling(layer, buffers)
         out, end = self._gemm1(layer, buffers, x_scale)
         gemm = self.kernel.grouped_gemm(
-            layer.device, self._w1, buffers.x, shape.rows, self._routed_groups(layer, shape, buffers, 0), out, end
+            layer.device, self._w1, buffers.x, shape.rows, self._groups(buffers, 0), out, end
         )
         if mode == "STATIC":
             return [gemm], result
         if end.kind == "PACKED":
             return [gemm, launches.requantize(
-                layer.device, out, shape.rows, buffers.maps, layer.spec.num_experts, shape.max_tokens, buffers.a,
+                layer.device, out, shape.rows, buffers.maps.spans, layer.spec.num_experts, buffers.a,
                 partials=end.partials, scale_out=scale_out,
             )], result
         return [gemm, *launches.quantize(
@@ -167,7 +160,7 @@ class OwnGemms:
         """The launches from ``a`` to ``y``."""
         return [self.kernel.grouped_gemm(
             layer.device, self._w2, buffers.a, shape.rows,
-            self._routed_groups(layer, shape, buffers, 1), buffers.y, End("PRODUCT", unit=self.unit),
+            self._groups(buffers, 1), buffers.y, End("PRODUCT", unit=self.unit),
         )]
 
     def tune(self, layer: Layer, rows: int, buffers: Buffers, total: int) -> dict[str, Record]:

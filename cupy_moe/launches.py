@@ -21,6 +21,8 @@ PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
 the counts of all."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
+AMAX_VECTORS = 4
+"""Vectors that a thread of `amax_tokens` loads at a time, ``IN_FLIGHT`` of ``quantize.cu``."""
 ALONE_ELEMENTS = 1 << 13
 """Hidden states up to which the blocks of `quantize_shuffle` find their maximum, while routing runs, each by itself."""
 _ROUTE_SHARED_BYTES = 96 * 1024
@@ -106,6 +108,7 @@ class Maps(NamedTuple):
     dst2src: int
     src2dst: int
     row_experts: int
+    spans: int = 0  # (E, 2) int32, first row and count, for kernels that start while routing runs
 
 
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
@@ -130,12 +133,9 @@ def route_blocks(pairs: int) -> int:
 
 def route(
     device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, *, expert_map: int = 0,
-    map_size: int = 0, tables: Tables | None = None, scratch: int = 0, routed: int = 0,
+    map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
 ) -> list[Launch]:
-    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``.
-
-    ``routed``: an int32 that becomes 1 when counts and offsets are there, for kernels that start earlier.
-    """
+    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
     pairs = tokens * topk
     blocks = route_blocks(pairs)
 
@@ -150,7 +150,7 @@ def route(
     }
     summed: dict[str, Any] = {
         "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
-        "tables": (tables or Tables())._asdict(), "routed": routed,
+        "tables": (tables or Tables())._asdict(), "spans": maps.spans,
     }
     per_block = _pairs_per_block(pairs)
     threads, shared = _route_threads(pairs if blocks == 1 else per_block, experts)
@@ -158,20 +158,19 @@ def route(
         return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
     split: dict[str, Any] = {**shape, "pairs_per_block": per_block, "block_counts": scratch}
     return [
-        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, routed=routed),
+        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, spans=maps.spans),
         Launch(kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed, **summed),
     ]
 
 
 def route_padded(
-    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables,
-    routed: int = 0,
+    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables
 ) -> Launch:
-    """The same tables for rows that already lie at ``expert * max_tokens``; ``routed`` becomes the number of experts."""
+    """The same tables for rows that already lie at ``expert * max_tokens``."""
     return Launch(
         compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype]), (experts, 1), STRETCH_THREADS,
         expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens, expert_counts=maps.expert_counts,
-        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(), routed=routed,
+        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(), spans=maps.spans,
     )
 
 
@@ -200,9 +199,12 @@ def quantize(
         "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
         "cols": cols, "partials": partials,
     }
-    amax = [] if mode != "TENSOR" or fresh or alone else [
-        Launch(kernel("amax_tokens"), (PARTIALS, 1), MAX_THREADS // 2, **source, valid_only=valid_only, tokens=tokens)
-    ]
+    # No more threads than have anything to load: the kernels behind want room beside them.
+    needed = up(-(-tokens * -(-cols // VECTOR) // (PARTIALS * AMAX_VECTORS)), 32)
+    amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
+        kernel("amax_tokens"), (PARTIALS, 1), min(max(needed, 64), MAX_THREADS // 2), **source, valid_only=valid_only,
+        tokens=tokens,
+    )]
     return [*amax, Launch(
         kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, row_experts=row_experts,
         scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
@@ -216,8 +218,7 @@ def packed_rows(rows: int, experts: int) -> int:
 
 
 def requantize(
-    device: int, x: Matrix, rows: int, maps: Maps, experts: int, max_tokens: int, out: Matrix, *, partials: int,
-    scale_out: int,
+    device: int, x: Matrix, rows: int, spans: int, experts: int, out: Matrix, *, partials: int, scale_out: int
 ) -> Launch:
     """``requantize`` of ``x``, `PACKED`; what it holds afterwards is not known."""
     # A group is divided as a row is, by pieces of four columns of four rows instead of vectors.
@@ -225,8 +226,7 @@ def requantize(
     return Launch(
         compiler.kernel("requantize.cu", "requantize", device),
         (packed_rows(rows, experts) // GROUP_ROWS, grid.stretches), grid.threads, x=x.pointer, cols=x.pitch,
-        expert_offsets=maps.expert_offsets, expert_counts=maps.expert_counts, experts=experts, max_tokens=max_tokens,
-        partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+        spans=spans, experts=experts, partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )
 
 

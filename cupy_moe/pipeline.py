@@ -84,7 +84,7 @@ class Layer:
         self.expert_offsets = dedicated((experts + 1,), np.int32)
         self.expert_counts = dedicated((experts,), np.int32)
         self.pointers = dedicated((4, experts), np.int64)
-        self.routed = dedicated((1,), np.int32)
+        self.spans = dedicated((experts, 2), np.int32)
         self.partials = dedicated((2, launches.PARTIALS), np.float32)
         self.tensor_scales = dedicated((2,), np.float32)
         # It keeps no reference to the layer: memory in a cycle would be given back at any time, even during a capture.
@@ -116,7 +116,7 @@ class Layer:
         first, total = np.cumsum(counts, dtype=np.int64) - counts, int(counts.sum())
         operands = buffers.x, buffers.inner, buffers.a, buffers.y
         self.expert_counts.set(counts)
-        self.expert_offsets.set(np.append(first, total).astype(np.int32))
+        self.spans.set(np.stack([first, counts], axis=1).astype(np.int32))
         self.pointers.set(np.stack([one.pointer + first * (one.pitch * one.itemsize) for one in operands]))
         return self.gemms.tune(self, rows, buffers, total)
 
@@ -193,15 +193,13 @@ class Plan:
         experts = layer.spec.num_experts
         if shape.max_tokens:
             return [launches.route_padded(
-                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables,
-                layer.routed.data.ptr,
+                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables
             )]
         expert_map = layer.spec.expert_map
         return launches.route(
             layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps,
             expert_map=expert_map.info.pointer if expert_map else 0,
             map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
-            routed=layer.routed.data.ptr,
         )
 
     def _quantize(self) -> tuple[list[Launch], RowScale]:

@@ -57,10 +57,11 @@ def _multiply_own(
     import cupy
 
     (rows, k), (experts, n, _) = a.shape, weights.shape
-    counts, claims = cupy.diff(expert_offsets), cupy.zeros(2, np.int32)
+    spans = cupy.stack([expert_offsets[:-1], cupy.diff(expert_offsets)], axis=1)
+    claims = cupy.zeros(2, np.int32)
     kernel.grouped_gemm(
         device, kernel.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
-        Groups(expert_offsets.data.ptr, counts.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
+        Groups(spans.data.ptr, claims.data.ptr), Matrix(product.data.ptr, n, "float16"),
         End("PRODUCT", unit=e4m3.half_unit(k)),
     )(int(cupy.cuda.get_current_stream().ptr))
 

@@ -79,14 +79,10 @@ class Weights:
 
 
 class Groups(NamedTuple):
-    """Where each expert's rows are: addresses of what routing writes, or ``max_tokens`` of the padded form."""
+    """Where each expert's rows are: addresses."""
 
-    expert_offsets: int
-    expert_counts: int
+    spans: int  # (E, 2) int32, first row and count
     claims: int  # two int32, 0 at first, that no other launch uses at the same time
-    max_tokens: int = 0
-    routed: int = 0  # an int32 that is at least `routers` when counts and offsets are there; 0: they are
-    routers: int = 0
 
 
 class End(NamedTuple):

@@ -50,15 +50,19 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     start_next_kernel();
 }
 
-// ---- counters between kernels that run at the same time ----------------------------------------------------------
-// What the threads of a block have written that this one has met at a barrier comes before it.
-__device__ __forceinline__ void announce(int* counter) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+// ---- rows of experts -----------------------------------------------------------------------------------------------
+// First row of an expert, and how many it has. Kernels that start while routing runs wait until the count is no longer -1.
+// Both are stored and loaded in one piece.
+struct alignas(8) Span { int row, count; };
+
+__device__ __forceinline__ void store_span(Span* to, Span span) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(u64(u32(span.count)) << 32 | u32(span.row)) : "memory");
 }
-__device__ __forceinline__ void wait_for_announced(const int* counter, int wanted) {
-    int there;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
-    while (there < wanted);
+__device__ __forceinline__ Span wait_for_span(const Span* from) {
+    u64 both;
+    do asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+    while (int(both >> 32) < 0);
+    return {int(u32(both)), int(both >> 32)};
 }
 
 // ---- conversions ------------------------------------------------------------------------------------------------

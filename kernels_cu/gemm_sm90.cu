@@ -34,7 +34,7 @@ constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
-constexpr bool LARGE = ROWS > 128;  // a thread of the consumers needs more than a third of the registers for three
+constexpr bool LARGE = ROWS > 32;  // a block takes all registers of a multiprocessor
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 

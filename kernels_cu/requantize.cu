@@ -5,21 +5,17 @@
 constexpr int COLUMNS = 4;  // that a thread takes at a time, of four rows: PACKED_WORDS vectors
 constexpr int PARTS = LINE / int(sizeof(uint4));  // threads to a line: two for each quarter
 
-struct Group { int row, count; };  // first row, and how many there are of it and behind it
-
 // Where group `group` lies: that of the last expert whose first group is not behind it.
-__device__ __forceinline__ Group find_group(int group, const int* expert_offsets, const int* expert_counts, int experts,
-                                            int max_tokens) {
-    const auto first_row = [&](int expert) { return max_tokens ? expert * max_tokens : expert_offsets[expert]; };
+__device__ __forceinline__ Span find_group(int group, const Span* spans, int experts) {
     int found = 0;
     for (int base = 0; base < experts; base += LANES) {
         const int expert = base + threadIdx.x % LANES;
-        const bool before = expert < experts && group_of(first_row(expert), expert) <= group;
+        const bool before = expert < experts && group_of(spans[expert].row, expert) <= group;
         found += __popc(__ballot_sync(FULL_WARP, before));
     }
-    const int expert = found - 1, row = first_row(expert);
-    const int within = (group - int(group_of(row, expert))) * GROUP_ROWS;
-    return {row + within, expert_counts[expert] - within};
+    const Span span = spans[found - 1];
+    const int within = (group - int(group_of(span.row, found - 1))) * GROUP_ROWS;
+    return {span.row + within, span.count - within};
 }
 
 // A block takes a group (blockIdx.x, the last ones first: they are still in the L2 cache) and a stretch of its columns
@@ -27,10 +23,8 @@ __device__ __forceinline__ Group find_group(int group, const int* expert_offsets
 extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
     const uint4* x,                           // groups of cols columns, see packed.cuh
     int cols,                                 // a multiple of 16
-    const int* expert_offsets,                // (experts + 1,), read unless padded
-    const int* expert_counts,                 // (experts,)
+    const Span* spans,                        // (experts,)
     int experts,
-    int max_tokens,                           // padded form: expert e's rows begin at e * max_tokens; else 0
     const float* partials,                    // the maximum is among them
     u8* __restrict__ out,                     // (rows, out_pitch), columns up to cols
     long long out_pitch,
@@ -38,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
 {
     start_next_kernel();  // nothing that it reads before its own wait comes from here
     const int index = gridDim.x - 1 - blockIdx.x;
-    const Group group = find_group(index, expert_offsets, expert_counts, experts, max_tokens);
+    const Span group = find_group(index, spans, experts);
     wait_for_previous_kernel();
     if (group.count <= 0 && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its rows
 

@@ -59,13 +59,30 @@ __device__ __forceinline__ void for_pairs_of_warp(const Shape& shape, int begin,
     }
 }
 
+// The kernels behind may start once the spans are unknown again: none of them takes those of an earlier call for this one's.
+// The last warp sees to that, which has no pairs: what it waits for, no other does.
+__device__ __forceinline__ bool is_last_warp() { return threadIdx.x / LANES == blockDim.x / LANES - 1; }
+__device__ __forceinline__ void forget_spans(Span* spans, int first, int end) {
+    only_wait_for_previous_kernel();
+    if (spans && is_last_warp())
+        for (int i = first + threadIdx.x % LANES; i < end; i += LANES) store_span(spans + i, {0, -1});
+}
+__device__ __forceinline__ void start_kernels_behind() {
+    if (!is_last_warp()) return;
+    __threadfence();
+    __syncwarp();
+    start_next_kernel();
+}
+
 // The table's counts, turned into the position of each warp's first pair among the block's pairs of that expert;
-// per_expert becomes the block's number of pairs of each expert.
-__device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int end) {
+// per_expert becomes the block's number of pairs of each expert. `meanwhile` is called while the others load theirs.
+template <typename Call>
+__device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int end, Call meanwhile) {
     const int warps = blockDim.x / LANES, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int pitch = pitch_of(shape.experts);
     for (int i = threadIdx.x; i < warps * pitch; i += blockDim.x) table[i] = 0;
     __syncthreads();
+    meanwhile();
     int* mine = table + warp * pitch;
     for_pairs_of_warp(shape, begin, end, [&](int, int expert, u32 same) {
         if (expert >= 0 && lane == __ffs(same) - 1) mine[expert] += __popc(same);
@@ -119,8 +136,9 @@ __device__ __forceinline__ int block_exclusive_sum(int x, int& carry) {
     return result;
 }
 
-__device__ __forceinline__ void write_expert(int expert, int experts, int row, int count, int* expert_counts,
+__device__ __forceinline__ void write_expert(int expert, int experts, int row, int count, Span* spans, int* expert_counts,
                                              const Tables& tables) {
+    if (spans) store_span(spans + expert, {row, count});
     expert_counts[expert] = count;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -141,18 +159,6 @@ __device__ __forceinline__ int place_experts(int experts, const int* counts, Vis
     return total;
 }
 
-// The kernels behind may start, with `routed` back at 0: none of them takes what an earlier call has announced for this one's.
-// The last warp does that, which has no pairs, so that none waits for it.
-__device__ __forceinline__ void begin(int* routed) {
-    only_wait_for_previous_kernel();
-    if (threadIdx.x != blockDim.x - 1) return;
-    if (routed && blockIdx.x == 0) {
-        *routed = 0;
-        __threadfence();
-    }
-    start_next_kernel();
-}
-
 // Rows past the last valid one.
 __device__ __forceinline__ void clear_tail(int first, int step, int begin, int pairs, int* dst2src_map, int* row_experts) {
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
@@ -161,20 +167,17 @@ __device__ __forceinline__ void clear_tail(int first, int step, int begin, int p
 // All in one block.
 extern "C" __global__ void route(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int* expert_offsets,
-    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables, int* routed)
+    int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables, Span* spans)
 {
-    begin(routed);
+    forget_spans(spans, 0, experts);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
-    count_pairs(shape, 0, pairs);
+    count_pairs(shape, 0, pairs, start_kernels_behind);
     int* first = per_expert(experts);
     const int total = place_experts(experts, first, [&](int expert, int row, int count) {
         first[expert] = expert_offsets[expert] = row;
-        write_expert(expert, experts, row, count, expert_counts, tables);
+        write_expert(expert, experts, row, count, spans, expert_counts, tables);
     });
-    if (threadIdx.x == 0) {
-        expert_offsets[experts] = total;
-        if (routed) announce(routed);
-    }
+    if (threadIdx.x == 0) expert_offsets[experts] = total;
     place_pairs(shape, 0, pairs, dst2src_map, src2dst_map, row_experts);
     clear_tail(threadIdx.x, blockDim.x, total, pairs, dst2src_map, row_experts);
 }
@@ -182,12 +185,12 @@ extern "C" __global__ void route(
 // block_counts[block][expert] for the stretch of each block.
 extern "C" __global__ void route_count(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
-    int* block_counts, int* routed)
+    int* block_counts, Span* spans)
 {
-    begin(routed);
+    forget_spans(spans, 0, blockIdx.x == 0 ? experts : 0);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int first = blockIdx.x * pairs_per_block;
-    count_pairs(shape, first, min(first + pairs_per_block, pairs));
+    count_pairs(shape, first, min(first + pairs_per_block, pairs), start_kernels_behind);
     for (int expert = threadIdx.x; expert < experts; expert += blockDim.x)
         block_counts[(long long)blockIdx.x * experts + expert] = per_expert(experts)[expert];
 }
@@ -197,12 +200,12 @@ extern "C" __global__ void route_count(
 extern "C" __global__ void route_place(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
     const int* block_counts, int* expert_offsets, int* expert_counts, int* dst2src_map, int* src2dst_map,
-    int* row_experts, Tables tables, int* routed)
+    int* row_experts, Tables tables, Span* spans)
 {
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int begin = blockIdx.x * pairs_per_block;
     const int end = min(begin + pairs_per_block, pairs);
-    count_pairs(shape, begin, end);  // the ids are older than route_count
+    count_pairs(shape, begin, end, [] {});  // the ids are older than route_count
     wait_for_previous_kernel();
 
     int* first = per_expert(experts);
@@ -222,12 +225,9 @@ extern "C" __global__ void route_place(
         first[expert] += row;
         if (blockIdx.x > 0) return;
         expert_offsets[expert] = row;
-        write_expert(expert, experts, row, count, expert_counts, tables);
+        write_expert(expert, experts, row, count, spans, expert_counts, tables);
     });
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        expert_offsets[experts] = total;
-        if (routed) announce(routed);
-    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
     place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
     clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, total, pairs, dst2src_map, row_experts);
 }
@@ -235,17 +235,17 @@ extern "C" __global__ void route_place(
 // The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
 extern "C" __global__ void route_padded(
     const Id* expert_num_tokens, int experts, int max_tokens, int* expert_counts, int* src2dst_map, int* row_experts,
-    Tables tables, int* routed)
+    Tables tables, Span* spans)
 {
-    begin(routed);
     const int expert = blockIdx.x;
+    forget_spans(spans, expert, expert + 1);
+    start_kernels_behind();
     const int count = int(max(Id(0), min(Id(max_tokens), expert_num_tokens[expert])));
     for (int i = threadIdx.x; i < max_tokens; i += blockDim.x) {
         const int row = expert * max_tokens + i;
         src2dst_map[row] = i < count ? row : -1;
         row_experts[row] = i < count ? expert : -1;
     }
-    if (threadIdx.x > 0) return;
-    write_expert(expert, experts, expert * max_tokens, count, expert_counts, tables);
-    if (routed) announce(routed);
+    __syncthreads();  // the span was unknown before
+    if (threadIdx.x == 0) write_expert(expert, experts, expert * max_tokens, count, spans, expert_counts, tables);
 }

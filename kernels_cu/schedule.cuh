@@ -3,15 +3,11 @@
 // block works that out itself from the row counts of the experts; the host never reads them.
 
 struct Groups {
-    const int* expert_offsets;  // (experts + 1,), read unless padded
-    const int* expert_counts;   // (experts,)
+    const Span* spans;  // (experts,)
     int experts;
-    int max_tokens;             // padded form: expert e's rows begin at e * max_tokens; else 0
-    int channel_tiles;          // tiles along the weight rows of one expert
-    int steps;                  // stages along K
-    const int* routed;          // how many blocks have written counts and offsets; null: all
-    int routers;                // how many do
-    int* claims;                // {tiles taken beyond the first of each block, blocks done}, both 0 between launches
+    int channel_tiles;  // tiles along the weight rows of one expert
+    int steps;          // stages along K
+    int* claims;        // {tiles taken beyond the first of each block, blocks done}, both 0 between launches
 };
 
 // An expert with rows; the last entry is the end, with the number of tiles in all.
@@ -19,24 +15,21 @@ struct alignas(16) Entry { int first_tile, expert, row, count; };
 
 // By one warp. Routing may still be running.
 __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entries) {
-    if (groups.routed) wait_for_announced(groups.routed, groups.routers);
     const int lane = threadIdx.x % LANES;
     int tiles = 0, used = 0;
     for (int base = 0; base < groups.experts; base += LANES) {
         const int expert = base + lane;
-        // Both loads at once: the weights wait for them.
-        const int count = expert < groups.experts ? groups.expert_counts[expert] : 0;
-        const int row = expert >= groups.experts ? 0
-                        : groups.max_tokens      ? expert * groups.max_tokens
-                                                 : groups.expert_offsets[expert];
-        const int mine = (count + ROWS - 1) / ROWS * groups.channel_tiles;
+        Span span = {0, 0};
+        if (expert < groups.experts) span = wait_for_span(groups.spans + expert);
+        const int mine = (span.count + ROWS - 1) / ROWS * groups.channel_tiles;
         int inclusive = mine;
         for (int offset = 1; offset < LANES; offset *= 2) {
             const int left = __shfl_up_sync(FULL_WARP, inclusive, offset);
             if (lane >= offset) inclusive += left;
         }
         const u32 with_rows = __ballot_sync(FULL_WARP, mine > 0);
-        if (mine > 0) entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, row, count};
+        if (mine > 0)
+            entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, span.row, span.count};
         tiles += __shfl_sync(FULL_WARP, inclusive, LANES - 1);
         used += __popc(with_rows);
     }

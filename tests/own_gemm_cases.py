@@ -20,7 +20,6 @@ from cupy_moe.launches import (
     PARTIALS,
     UNSCALED,
     Bias,
-    Maps,
     Matrix,
     RowScale,
     WeightScale,
@@ -98,8 +97,8 @@ class Case:
         self.owners = cupy.asarray(owners[owners >= 0])
         self.x, self.w = random_codes(seed, (rows, k)), random_codes(seed + 1, (self.experts, n, k))
         self.x[self.nobody] = 0xFF
-        self.offsets = cupy.asarray(offsets if not max_tokens else np.full(self.experts + 1, -1), np.int32)
-        self.device_counts, self.claims = cupy.asarray(self.counts), cupy.zeros(2, np.int32)
+        self.spans = cupy.asarray(np.stack([self.first, self.counts], axis=1), np.int32)
+        self.claims = cupy.zeros(2, np.int32)
 
     def rows_of(self, expert):
         return slice(self.first[expert], self.first[expert] + self.counts[expert])
@@ -118,9 +117,7 @@ class Case:
         weights = module.Weights(
             self.w.data.ptr, self.experts, self.n, self.k, paired=paired, batch_invariant=batch_invariant
         )
-        groups = Groups(
-            self.offsets.data.ptr, self.device_counts.data.ptr, self.claims.data.ptr, self.max_tokens
-        )
+        groups = Groups(self.spans.data.ptr, self.claims.data.ptr)
         x = Matrix(self.x.data.ptr, self.k, "uint8")
         to = to or Matrix(out.data.ptr, out.shape[1], out.dtype.name)
         return module.grouped_gemm(0, weights, x, len(self.x), groups, to, end, tile.tile, **options)
@@ -199,11 +196,10 @@ class Layer(Case):
         assert float(self.partials.max()) == (float(abs(activated).max()) if activated.size else 0.0)
         got = cupy.ascontiguousarray(self.unpacked(words)[self.places()])
         assert same_bits(got.view(np.uint32), activated.view(np.uint32) & np.uint32(0xFFFFFF00)), f"{tile}: packed"
-        maps = Maps(self.offsets.data.ptr, self.device_counts.data.ptr, 0, 0, 0)
         codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
         scale = poison(cupy.empty(1, np.float32))
         requantize(
-            0, packed, len(self.x), maps, self.experts, self.max_tokens, Matrix(codes.data.ptr, self.pitch, "uint8"),
+            0, packed, len(self.x), self.spans.data.ptr, self.experts, Matrix(codes.data.ptr, self.pitch, "uint8"),
             partials=self.partials.data.ptr, scale_out=scale.data.ptr,
         )(stream)
         want = cupy.maximum(self.partials.max(), np.float32(1e-30)) / np.float32(448)

@@ -31,7 +31,7 @@ def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=Fal
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
         spec=SimpleNamespace(num_experts=experts, per_act_token=per_token, batch_invariant=invariant),
-        expert_offsets=address, expert_counts=address,
+        expert_offsets=address, expert_counts=address, spans=address,
         a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
         gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, KINDS[kind])),
     )  # fmt: skip

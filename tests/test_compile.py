@@ -109,7 +109,7 @@ def grouped_gemm(
     x, y = Matrix(ADDRESS, 1024, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
         0, kernel.Weights(ADDRESS, 8, 1024, 1024, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
-        tiles.Groups(ADDRESS, ADDRESS, ADDRESS), y, end, tile, **options,
+        tiles.Groups(ADDRESS, ADDRESS), y, end, tile, **options,
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def calls():
     made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
              for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
-    made += [lambda: launches.requantize(0, packed, 999, MAPS, 8, 0, codes, partials=ADDRESS, scale_out=ADDRESS)]
+    made += [lambda: launches.requantize(0, packed, 999, ADDRESS, 8, codes, partials=ADDRESS, scale_out=ADDRESS)]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
