@@ -27,11 +27,11 @@ constexpr u32 FULL_WARP = 0xffffffffu;
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
-// Waits until the kernel in front, and so everything before it, is done; then lets the next kernel start. Two rules make
-// chains of kernels safe. Every kernel calls this once. What it reads or writes before the call has to have been left
-// alone since before the kernel in front started: that kernel may still be running. Without the launch attribute the
-// kernel in front is done anyway and both instructions do nothing.
-// A kernel may let the next one start before it waits itself. For that next kernel, two kernels may still be running.
+// Lets the next kernel start, and waits until the kernel in front, and so everything before it, is done. Two rules make chains
+// of kernels safe. Every kernel waits once. What it reads or writes before that has to have been left alone since before the
+// kernel in front started: that kernel may still be running. Without the launch attribute the kernel in front is done anyway
+// and both instructions do nothing.
+// A kernel may let the next one start before it waits itself. For that next kernel, several kernels may still be running.
 // What the kernel in front writes must not be a `const __restrict__` parameter: loads of those may move to before the wait.
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -51,8 +51,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 // ---- rows of experts -----------------------------------------------------------------------------------------------
-// First row of an expert, and how many it has. Kernels that start while routing runs wait until the count is no longer -1.
-// Both are stored and loaded in one piece.
+// First row of an expert, and how many it has; a count of -1 while routing has not found out. Kernels that start meanwhile need
+// nothing else of it before they wait, so both numbers are stored and loaded in one piece.
 struct alignas(8) Span { int row, count; };
 
 __device__ __forceinline__ void store_span(Span* to, Span span) {

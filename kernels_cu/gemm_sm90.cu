@@ -207,7 +207,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     Entry* entries = ring.entries();
     __shared__ u32 block_largest;
 
-    // The row counts are older than the kernel in front, which wrote the rows, and the one before that.
     if (threadIdx.x < LANES) make_schedule(groups, entries);
     if (threadIdx.x == CONSUMERS) {
         prefetch_map(weights);

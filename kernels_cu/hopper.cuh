@@ -46,7 +46,7 @@ __device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int
         ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(0), "r"(group), "r"(expert)
         : "memory");
 }
-// What describes a tensor is fetched too; here before it is needed.
+// Has the map fetched before it is needed.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

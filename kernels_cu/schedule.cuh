@@ -13,7 +13,7 @@ struct Groups {
 // An expert with rows; the last entry is the end, with the number of tiles in all.
 struct alignas(16) Entry { int first_tile, expert, row, count; };
 
-// By one warp. Routing may still be running.
+// By one warp, as soon as routing knows the spans.
 __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entries) {
     const int lane = threadIdx.x % LANES;
     int tiles = 0, used = 0;
