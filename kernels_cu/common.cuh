@@ -56,7 +56,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 struct alignas(8) Span { int row, count; };
 
 __device__ __forceinline__ void store_span(Span* to, Span span) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(u64(u32(span.count)) << 32 | u32(span.row)) : "memory");
+    const u64 both = u64(u32(span.count)) << 32 | u32(span.row);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
 }
 __device__ __forceinline__ Span wait_for_span(const Span* from) {
     u64 both;

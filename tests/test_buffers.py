@@ -91,7 +91,8 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
         return matrix.pointer, matrix.pointer + held * matrix.pitch * matrix.itemsize
 
     blocks = route_blocks(rows)
-    scales_and_maps = buffers.x_scales, buffers.a_scales, *buffers.maps[2:]
+    maps = buffers.maps
+    scales_and_maps = buffers.x_scales, buffers.a_scales, maps.dst2src, maps.src2dst, maps.row_experts
     always = [(start, start + rows * 4) for start in scales_and_maps]
     always.append((buffers.scratch, buffers.scratch + blocks * experts * 4))
     steps = [(buffers.x, buffers.inner), (buffers.inner, buffers.a), (buffers.a, buffers.y)]
