@@ -25,8 +25,6 @@ HEADERS = {
     "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "ends.cuh"), "requantize.cu": ("packed.cuh",),
 }
 """What a file needs beside ``common.cuh``; it may use the constants."""
-BESIDE_GEMMS = ("route.cu", "quantize.cu", "requantize.cu")
-"""Files of kernels that a GEMM starts beside."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 """What the kernels are checked to compile for."""
 
@@ -109,8 +107,7 @@ def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device
     function = _module(file, constants, device).get_function(name)
     can_overlap = int(cupy.cuda.Device(device).compute_capability) >= 90
     with cupy.cuda.Device(device):
-        made = Kernel(function, signature(file, name), can_overlap=can_overlap)
-        return made.leave_shared_memory() if file in BESIDE_GEMMS else made
+        return Kernel(function, signature(file, name), can_overlap=can_overlap)
 
 
 def kernel(file: str, name: str, device: int, **constants: Any) -> Kernel:

@@ -16,11 +16,10 @@ from functools import cache
 from typing import Any
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_CARVEOUT = 8, 9  # CUfunction_attribute
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B = 0, 3, 3
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _DEFAULT_SHARED_BYTES = 48 * 1024
-_LARGE_SHARED_PERCENT = 71  # of what a multiprocessor can have: 164 of 228 KB on Hopper, the rest for the L1 cache
 
 
 Step = Callable[[int], None]
@@ -81,17 +80,6 @@ class Kernel:
         self.parameters = parameters
         self.can_overlap = can_overlap
         self._owner = function
-
-    def leave_shared_memory(self) -> Kernel:
-        """Have multiprocessors set shared memory aside for kernels that start beside this one; returns itself.
-
-        They share out what they have between that and the L1 cache only while they are idle.
-        """
-        result = library().cuFuncSetAttribute(
-            ctypes.c_void_p(self.handle), _PREFERRED_SHARED_CARVEOUT, ctypes.c_int(_LARGE_SHARED_PERCENT)
-        )
-        check(result, f"share of shared memory for {self.name}")
-        return self
 
     def allow_shared_bytes(self, nbytes: int) -> None:
         """Raise the limit of dynamic shared memory per block to ``nbytes`` where the default is below it."""
