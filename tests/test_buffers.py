@@ -25,12 +25,12 @@ KINDS = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 static": Sm90Gemms,
 """What GEMM 1 leaves depends on: the backend and, for our own kernels, whether the scale of its codes is given."""
 
 
-def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=False, invariant=False):
+def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=False):
     """What `Buffers` takes of a layer; the sizes are multiples of 16."""
     address = SimpleNamespace(data=SimpleNamespace(ptr=0))
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
-        spec=SimpleNamespace(num_experts=experts, per_act_token=per_token, batch_invariant=invariant),
+        spec=SimpleNamespace(num_experts=experts, per_act_token=per_token),
         expert_offsets=address, expert_counts=address, spans=address,
         a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
         gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, KINDS[kind])),

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's part of the backends sm90 and mma, and how a backend is chosen, without a GPU."""
 
+import re
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
+import kernels_cu
 from cupy_moe import arrays, backend, mma, sm90, tuning
 from cupy_moe.sm90 import Weights
 from cupy_moe.tuning import Cache
@@ -43,6 +45,14 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tile.window in (1, 2)
         assert tile.window < tile.stages, "stages that are on their way meanwhile"
         assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
+
+
+def test_one_block_to_a_multiprocessor():
+    """Blocks that leave registers to others fill the shared memory, so that no two of a launch come together."""
+    most = int(re.search(r"LARGE = ROWS > (\d+);", kernels_cu.source("gemm_sm90.cu"))[1])
+    small = [tile for tile in sm90.TILES if tile.rows <= most]
+    assert small
+    assert all(2 * tile.shared_bytes(1) > sm90.SHARED_BYTES for tile in small)
 
 
 @pytest.mark.parametrize(
