@@ -23,6 +23,7 @@ TARGETS = {"gemm_sm90.cu": "sm_90a"}
 HEADERS = {
     "gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "packed.cuh", "ends.cuh"),
     "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "ends.cuh"), "requantize.cu": ("packed.cuh",),
+    "route.cu": ("hopper.cuh",),
 }
 """What a file needs beside ``common.cuh``; it may use the constants."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
@@ -31,7 +32,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120
 CUDA_TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float8_e4m3fn": "Fp8", "uint8": "Fp8"}
 """Element types by dtype name; uint8 holds the bits of e4m3."""
 
-_ATTRIBUTES = r"(?:__\w+__\([\w, ]+\) )*"
+_ATTRIBUTES = r"(?:__\w+__\([\w, ]+\) |IN_CLUSTER )*"
 _SCALARS = {"int": ctypes.c_int32, "long long": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -88,6 +89,14 @@ def _structure(name: str, text: str) -> type:
 
 
 @cache
+def has_clusters(device: int) -> bool:
+    """Whether the device knows clusters and programmatic dependent launch: compute capability 9.0 and later."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability) >= 90
+
+
+@cache
 def _module(file: str, constants: tuple[tuple[str, Any], ...], device: int) -> Any:
     import cupy
 
@@ -105,9 +114,8 @@ def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device
     import cupy
 
     function = _module(file, constants, device).get_function(name)
-    can_overlap = int(cupy.cuda.Device(device).compute_capability) >= 90
     with cupy.cuda.Device(device):
-        return Kernel(function, signature(file, name), can_overlap=can_overlap)
+        return Kernel(function, signature(file, name), can_overlap=has_clusters(device))
 
 
 def kernel(file: str, name: str, device: int, **constants: Any) -> Kernel:

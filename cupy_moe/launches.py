@@ -14,11 +14,11 @@ from cupy_moe.driver import Kernel, Launch
 from cupy_moe.grids import STRETCH_THREADS, VECTOR, up
 
 MAX_THREADS = 1024
-ONE_LAUNCH_PAIRS = 512
-"""Up to this many (token, slot) pairs `route` takes one launch."""
 PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
-"""Where `route` takes two launches: pairs of a block, unless that would be more blocks than these, each of which reads
-the counts of all."""
+"""(token, slot) pairs of a block of `route`, unless that would be more blocks than these, each of which reads the
+counts of all."""
+ROUTE_CLUSTER = 8
+"""Blocks that do in one launch, as a cluster, what else takes two if there is more than one."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 AMAX_VECTORS = 4
@@ -112,14 +112,14 @@ class Maps(NamedTuple):
 
 
 def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, two numbers per expert.
+    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, three numbers per expert.
 
     If there is room, the last warp has no pairs.
     """
     warps = min(max(up(pairs, 32) // 32, 4) + 1, 32)
-    while warps > 1 and (warps + 2) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
+    while warps > 1 and (warps + 3) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
         warps //= 2
-    return warps * 32, (warps + 2) * (experts | 1) * 4
+    return warps * 32, (warps + 3) * (experts | 1) * 4
 
 
 def _pairs_per_block(pairs: int) -> int:
@@ -128,7 +128,7 @@ def _pairs_per_block(pairs: int) -> int:
 
 def route_blocks(pairs: int) -> int:
     """Blocks that `route` cuts ``pairs`` into; its scratch takes ``blocks * experts`` int32 if there are several."""
-    return 1 if pairs <= ONE_LAUNCH_PAIRS else -(-pairs // _pairs_per_block(pairs))
+    return max(-(-pairs // _pairs_per_block(pairs)), 1)
 
 
 def route(
@@ -138,9 +138,10 @@ def route(
     """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
     pairs = tokens * topk
     blocks = route_blocks(pairs)
+    cluster = ROUTE_CLUSTER if 1 < blocks <= ROUTE_CLUSTER and compiler.has_clusters(device) else 1
 
     def kernel(name: str) -> Kernel:
-        return compiler.kernel("route.cu", name, device, Id=_ID_TYPES[id_dtype])
+        return compiler.kernel("route.cu", name, device, Id=_ID_TYPES[id_dtype], CLUSTER=cluster)
 
     shape: dict[str, Any] = {
         "ids": ids, "pairs": pairs, "topk": topk, "experts": experts, "expert_map": expert_map, "map_size": map_size
@@ -152,10 +153,11 @@ def route(
         "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
         "tables": (tables or Tables())._asdict(), "spans": maps.spans,
     }
+    if blocks == 1 or cluster > 1:
+        threads, shared = _route_threads(-(-pairs // cluster), experts)
+        return [Launch(kernel("route"), (cluster, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
     per_block = _pairs_per_block(pairs)
-    threads, shared = _route_threads(pairs if blocks == 1 else per_block, experts)
-    if blocks == 1:
-        return [Launch(kernel("route"), (1, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
+    threads, shared = _route_threads(per_block, experts)
     split: dict[str, Any] = {**shape, "pairs_per_block": per_block, "block_counts": scratch}
     return [
         Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, spans=maps.spans),
@@ -168,9 +170,10 @@ def route_padded(
 ) -> Launch:
     """The same tables for rows that already lie at ``expert * max_tokens``."""
     return Launch(
-        compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype]), (experts, 1), STRETCH_THREADS,
-        expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens, expert_counts=maps.expert_counts,
-        src2dst_map=maps.src2dst, row_experts=maps.row_experts, tables=tables._asdict(), spans=maps.spans,
+        compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype], CLUSTER=1), (experts, 1),
+        STRETCH_THREADS, expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens,
+        expert_counts=maps.expert_counts, src2dst_map=maps.src2dst, row_experts=maps.row_experts,
+        tables=tables._asdict(), spans=maps.spans,
     )
 
 

@@ -31,8 +31,19 @@ __device__ __forceinline__ int rank_in_cluster() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+    arrive_at_cluster();
+    wait_for_cluster();
+}
+// What is in the same place of block `rank` of the cluster.
+__device__ __forceinline__ int load_of_block(const int* shared, int rank) {
+    int x;
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\tld.shared::cluster.s32 %0, [there];\n\t}"
+        : "=r"(x) : "r"(shared_address(shared)), "r"(rank) : "memory");
+    return x;
 }
 __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
     asm volatile(

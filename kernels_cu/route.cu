@@ -3,11 +3,13 @@
 //
 // A block takes a stretch of pairs, each of its warps a consecutive part. Counting: each warp counts its pairs per expert
 // in its own row of a shared table. Prefix: a column of the table becomes the first position of each warp. Placing: each
-// warp goes through its pairs again and hands out positions in order. Few pairs take one launch (`route`); more take
-// two (`route_count`, `route_place`), which are the same steps with a prefix over blocks in between.
+// warp goes through its pairs again and hands out positions in order. Few pairs take one launch (`route`), of a block or
+// of a cluster; more take two (`route_count`, `route_place`), which are the same steps with a prefix over blocks in
+// between.
 //
-// Constant put in front of this text:
+// Constants put in front of this text:
 //   Id          int | long long: the type of topk_ids
+//   CLUSTER     blocks of `route`, at most 8; more than one from compute capability 9.0 on
 
 // Where the grouped GEMMs find the rows of each expert: operand i of expert e starts at base[i] + row * pitch[i] (bytes),
 // written to pointers[i * experts + e]. A base of null: no table is wanted.
@@ -30,7 +32,7 @@ __device__ __forceinline__ int local_expert(const Shape& shape, int pair) {
     return id >= 0 && id < shape.experts ? int(id) : -1;
 }
 
-// Shared: a row of counts per warp, then two numbers per expert. An odd pitch keeps columns free of bank conflicts.
+// Shared: a row of counts per warp, then three numbers per expert. An odd pitch keeps columns free of bank conflicts.
 extern __shared__ int table[];
 __device__ __forceinline__ int pitch_of(int experts) { return experts | 1; }
 __device__ __forceinline__ int* per_expert(int experts) { return table + blockDim.x / LANES * pitch_of(experts); }
@@ -101,11 +103,10 @@ __device__ __forceinline__ void count_pairs(const Shape& shape, int begin, int e
     __syncthreads();
 }
 
-// Places the pairs; per_expert holds the row of the block's first pair of each expert.
-__device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int end, int* dst2src_map, int* src2dst_map,
-                                            int* row_experts) {
+// Places the pairs; `first` holds the row of the block's first pair of each expert.
+__device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int end, const int* first, int* dst2src_map,
+                                            int* src2dst_map, int* row_experts) {
     const int lane = threadIdx.x % LANES;
-    const int* first = per_expert(shape.experts);
     int* mine = table + threadIdx.x / LANES * pitch_of(shape.experts);
     for_pairs_of_warp(shape, begin, end, [&](int pair, int expert, u32 same) {
         int row = -1;
@@ -164,22 +165,49 @@ __device__ __forceinline__ void clear_tail(int first, int step, int begin, int p
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
 }
 
-// All in one block.
-extern "C" __global__ void route(
+#if __CUDA_ARCH__ >= 900
+#define IN_CLUSTER __cluster_dims__(CLUSTER)
+#else
+#define IN_CLUSTER
+#endif
+
+// All in one launch: of one block, or of a cluster of blocks that read each other's counts.
+extern "C" __global__ void IN_CLUSTER route(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int* expert_offsets,
     int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables, Span* spans)
 {
-    forget_spans(spans, 0, experts);
+    const int rank = blockIdx.x;
+    forget_spans(spans, 0, rank == 0 ? experts : 0);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
-    count_pairs(shape, 0, pairs, start_kernels_behind);
-    int* first = per_expert(experts);
-    const int total = place_experts(experts, first, [&](int expert, int row, int count) {
-        first[expert] = expert_offsets[expert] = row;
+    const int pairs_per_block = (pairs + CLUSTER - 1) / CLUSTER;
+    const int begin = min(rank * pairs_per_block, pairs), end = min(begin + pairs_per_block, pairs);
+    count_pairs(shape, begin, end, start_kernels_behind);
+    const int* mine = per_expert(experts);
+    int* first = per_expert(experts) + pitch_of(experts);
+    int* of_all = first + pitch_of(experts);
+    if constexpr (CLUSTER > 1) sync_cluster();
+    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) {
+        int before = 0, all = 0;
+#pragma unroll
+        for (int block = 0; block < CLUSTER; ++block) {
+            const int count = CLUSTER > 1 ? load_of_block(mine + expert, block) : mine[expert];
+            if (block < rank) before += count;
+            all += count;
+        }
+        first[expert] = before;
+        of_all[expert] = all;
+    }
+    if constexpr (CLUSTER > 1) arrive_at_cluster();
+    const int total = place_experts(experts, of_all, [&](int expert, int row, int count) {
+        first[expert] += row;
+        if (rank > 0) return;
+        expert_offsets[expert] = row;
         write_expert(expert, experts, row, count, spans, expert_counts, tables);
     });
-    if (threadIdx.x == 0) expert_offsets[experts] = total;
-    place_pairs(shape, 0, pairs, dst2src_map, src2dst_map, row_experts);
-    clear_tail(threadIdx.x, blockDim.x, total, pairs, dst2src_map, row_experts);
+    if (rank == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
+    place_pairs(shape, begin, end, first, dst2src_map, src2dst_map, row_experts);
+    clear_tail(rank * blockDim.x + threadIdx.x, CLUSTER * blockDim.x, total, pairs, dst2src_map, row_experts);
+    if constexpr (CLUSTER > 1) wait_for_cluster();  // the others have read this block's counts
 }
 
 // block_counts[block][expert] for the stretch of each block.
@@ -228,7 +256,7 @@ extern "C" __global__ void route_place(
         write_expert(expert, experts, row, count, spans, expert_counts, tables);
     });
     if (blockIdx.x == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
-    place_pairs(shape, begin, end, dst2src_map, src2dst_map, row_experts);
+    place_pairs(shape, begin, end, first, dst2src_map, src2dst_map, row_experts);
     clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, total, pairs, dst2src_map, row_experts);
 }
 

@@ -96,7 +96,7 @@ def codes(rng, shape):
 
 def route_and_shuffle(rng):
     routing = None
-    for tokens, id_type in ((2000, np.int64), (7, np.int32)):  # two launches, then one
+    for tokens, id_type in ((3000, np.int64), (600, np.int64), (7, np.int32)):  # two launches, a cluster, a block
         ids = rng.integers(-1, EXPERTS + 1, (tokens, TOPK)).astype(id_type)
         compare(f"{tokens} tokens, mapped", "route", ids, 4, expert_map=np.array([2, -1, 0, 3, 1], np.int32))
         routing = reference.Routing(*compare(f"{tokens} tokens", "route", ids, EXPERTS))

@@ -62,7 +62,7 @@ def record(calls):
 
     patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch),
                (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
-               (tiles, "multiprocessors", lambda _: 132))  # fmt: skip
+               (tiles, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
@@ -173,7 +173,7 @@ def calls():
             grouped_gemm(mma, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 2 > 0, fp8=fp8)
             for i, act in enumerate(ACTIVATIONS)
         ]
-    for ids, tokens in itertools.product(("int32", "int64"), (9, 40000)):
+    for ids, tokens in itertools.product(("int32", "int64"), (9, 2000, 40000)):
         made.append(lambda i=ids, t=tokens: launches.route(0, ADDRESS, i, t, 2, 64, MAPS, tables=Tables()))
         made.append(lambda i=ids, t=tokens: launches.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))
     return made
@@ -217,7 +217,7 @@ VALUES = {
     },
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
-    "route.cu": {"Id": {"int", "long long"}},
+    "route.cu": {"Id": {"int", "long long"}, "CLUSTER": {1, launches.ROUTE_CLUSTER}},
 }  # fmt: skip
 
 
@@ -339,6 +339,8 @@ def architectures_of(file, constants):
         return [compiler.TARGETS[file]]
     if file == "gemm_mma.cu":  # the tests force float16 on 9.0
         return [arch for arch in compiler.ARCHITECTURES if arch in MMA_ON[constants["FP8"]]]
+    if constants.get("CLUSTER", 1) > 1:
+        return [arch for arch in compiler.ARCHITECTURES if int(re.sub(r"\D", "", arch)) >= 90]
     return compiler.ARCHITECTURES
 
 

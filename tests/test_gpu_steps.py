@@ -21,7 +21,7 @@ from gpu_cases import (
 )  # fmt: skip
 
 import cupy_moe
-from cupy_moe import reference
+from cupy_moe import launches, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 
 ROUTES = (
     (1, 1, 1), (8, 0, 2), (8, 3, 2), (8, 2048, 2), (8, 2049, 2), (64, 5000, 6), (512, 300, 8), (1100, 1000, 4),
-    (1100, 3000, 8), (33, 20000, 8),
+    (1100, 3000, 8), (33, 20000, 8), (40, 64, 8), (40, 65, 8), (300, 171, 3), (1100, 511, 8), (5000, 100, 6),
 )  # fmt: skip
 
 
@@ -44,8 +44,16 @@ def test_route(experts, tokens, topk, kind, dtype, seed):
         assert_equal(got, want)
 
 
+@pytest.mark.parametrize(("experts", "tokens", "topk"), ROUTES)
+def test_route_without_clusters(experts, tokens, topk, seed, monkeypatch):
+    monkeypatch.setattr(launches, "ROUTE_CLUSTER", 1)
+    _, ids = make_routing(seed, tokens, topk, experts, "wild", "int32")
+    for got, want in zip(cupy_moe.route(ids, experts), expected(reference.route, ids, experts), strict=True):
+        assert_equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-@pytest.mark.parametrize("tokens", [5, 3000])
+@pytest.mark.parametrize("tokens", [5, 700, 3000])
 def test_route_expert_map(tokens, dtype, seed):
     _, ids = make_routing(seed, tokens, 4, 20, "wild", dtype)
     expert_map = cupy.asarray(np.random.default_rng(seed).integers(-3, 12, 20), np.int32)  # 9, 10, 11 are no experts
