@@ -21,9 +21,9 @@ ROUTE_CLUSTER = 8
 """Blocks that do in one launch, as a cluster, what else takes two if there is more than one."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
-AMAX_VECTORS = 4
-"""Vectors that a thread of `amax_tokens` loads at a time, ``IN_FLIGHT`` of ``quantize.cu``."""
-ALONE_ELEMENTS = 1 << 13
+SCAN_VECTORS = 4
+"""Vectors that a thread loads at a time to find a maximum, ``IN_FLIGHT`` of ``quantize.cu``."""
+ALONE_ELEMENTS = 1 << 15
 """Hidden states up to which the blocks of `quantize_shuffle` find their maximum, while routing runs, each by itself."""
 _ROUTE_SHARED_BYTES = 96 * 1024
 _ID_TYPES = {"int32": "int", "int64": "long long"}
@@ -177,6 +177,14 @@ def route_padded(
     )
 
 
+def _scan_threads(vectors: int) -> int:
+    """Threads of a block that looks for the maximum of ``vectors`` vectors.
+
+    No more than have anything to load: the kernels behind want room beside them.
+    """
+    return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), MAX_THREADS // 2)
+
+
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
     src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
@@ -188,8 +196,13 @@ def quantize(
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
-    grid = grids.whole_rows(tokens, out_cols) if mode == "TOKEN" else grids.stretches(out_cols)
     alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS
+    of_all = tokens * -(-cols // VECTOR)
+    if mode == "TOKEN":
+        grid = grids.whole_rows(tokens, out_cols)
+    else:
+        grid = grids.stretches(out_cols, _scan_threads(of_all) if alone else STRETCH_THREADS)
+    threads = max(grid.threads, _scan_threads(of_all)) if alone else grid.threads
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
@@ -202,14 +215,12 @@ def quantize(
         "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
         "cols": cols, "partials": partials,
     }
-    # No more threads than have anything to load: the kernels behind want room beside them.
-    needed = up(-(-tokens * -(-cols // VECTOR) // (PARTIALS * AMAX_VECTORS)), 32)
     amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
-        kernel("amax_tokens"), (PARTIALS, 1), min(max(needed, 64), MAX_THREADS // 2), **source, valid_only=valid_only,
+        kernel("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-of_all // PARTIALS)), **source, valid_only=valid_only,
         tokens=tokens,
     )]
     return [*amax, Launch(
-        kernel("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, row_experts=row_experts,
+        kernel("quantize_shuffle"), (tokens, grid.stretches), threads, **source, row_experts=row_experts,
         scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
         out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
     )]

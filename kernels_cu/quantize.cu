@@ -12,12 +12,41 @@
 //   ALONE       TENSOR without amax_tokens: each block finds the maximum of all tokens
 //   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
 
-constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_tokens that are loaded before the first is used
+constexpr int IN_FLIGHT = 4;  // vectors of a thread that are loaded before the first is used, where a maximum is looked for
 
 __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
     float largest = 0.0f;
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) largest = fmaxf(largest, finite_magnitude(v[j]));
+    return largest;
+}
+
+// The largest finite magnitude of what thread `thread` of `threads` side by side finds in all tokens, times factor(token).
+template <typename Factor>
+__device__ __forceinline__ float max_of_tokens(const In* x, long long x_pitch, u32 tokens, int cols, u32 thread, u32 threads,
+                                               Factor factor) {
+    const u32 vectors = (cols + VECTOR - 1) / VECTOR;
+    // From one vector of a thread to its next: some tokens on, and some vectors.
+    const u32 more_tokens = threads / vectors, more_vectors = threads % vectors;
+    u32 token = thread / vectors, vector = thread % vectors;
+    float largest = 0.0f;
+    while (token < tokens) {
+        float v[IN_FLIGHT][VECTOR];
+        u32 of[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            // The last token once more behind the end: with a branch around each, loads wait for one another.
+            of[i] = min(token, tokens - 1);
+            const int col = vector * VECTOR;
+            load_vector<IN_ALIGNED>(x + of[i] * x_pitch + col, cols - col, v[i]);
+            vector += more_vectors;
+            token += more_tokens + (vector >= vectors);
+            if (vector >= vectors) vector -= vectors;
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i)
+            largest = fmaxf(largest, finite_magnitude(max_of_vector(v[i]) * factor(of[i])));
+    }
     return largest;
 }
 
@@ -37,37 +66,15 @@ extern "C" __global__ void amax_tokens(
     const bool needs_map = WEIGHTED || valid_only;
     start_next_kernel();  // it reads nothing but x before its own wait
     if (needs_map) wait_for_previous_kernel();
-    const u32 vectors = (cols + VECTOR - 1) / VECTOR, threads = gridDim.x * blockDim.x;
-    const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
-    // From one vector of a thread to its next: some tokens on, and some vectors.
-    const u32 more_tokens = threads / vectors, more_vectors = threads % vectors;
-    u32 token = index / vectors, vector = index % vectors;
-    float largest = 0.0f;
-    while (token < u32(tokens)) {
-        float v[IN_FLIGHT][VECTOR];
-        u32 of[IN_FLIGHT];
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-            const int col = vector * VECTOR;
-            of[i] = token;
-            if (token < u32(tokens)) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
-            vector += more_vectors;
-            token += more_tokens + (vector >= vectors);
-            if (vector >= vectors) vector -= vectors;
+    const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    const float largest = block_max(max_of_tokens(x, x_pitch, tokens, cols, thread, threads, [&](u32 token) {
+        float factor = needs_map ? 0.0f : 1.0f;
+        for (int slot = 0; needs_map && slot < topk; ++slot) {
+            const long long pair = (long long)token * topk + slot;
+            if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
         }
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-            float factor = needs_map ? 0.0f : 1.0f;
-            for (int slot = 0; needs_map && of[i] < u32(tokens) && slot < topk; ++slot) {
-                const long long pair = (long long)of[i] * topk + slot;
-                if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
-            }
-            largest = fmaxf(largest, finite_magnitude(max_of_vector(v[i]) * factor));
-        }
-    }
-    largest = block_max(largest);
+        return factor;
+    }));
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
     if (!needs_map) wait_for_previous_kernel();
 }
@@ -112,6 +119,8 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     float v[VECS][VECTOR];
     float largest = 0.0f;
+    if constexpr (ALONE)
+        largest = max_of_tokens(x, x_pitch, gridDim.x, cols, threadIdx.x, blockDim.x, [](u32) { return 1.0f; });
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
         const int col = (first + i * int(blockDim.x)) * VECTOR;
@@ -119,16 +128,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
         if (wanted && col < cols) load_vector<IN_ALIGNED>(x + token * x_pitch + col, cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
-    }
-    if constexpr (ALONE) {
-        const int vectors = (cols + VECTOR - 1) / VECTOR, total = gridDim.x * vectors;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < total; i += blockDim.x) {
-            const int col = i % vectors * VECTOR;
-            float other[VECTOR];
-            load_vector<IN_ALIGNED>(x + i / vectors * x_pitch + col, cols - col, other);
-            largest = fmaxf(largest, max_of_vector(other));
-        }
     }
     if constexpr (MODE == TOKEN || ALONE) largest = block_max(largest);
 
@@ -149,6 +148,12 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         token_scale = pick(scale_in, (long long)token * scale_stride, scale_value);
     if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
     if constexpr (!FRESH) wait_for_previous_kernel();
+    // Each lane has the row of a slot, loaded before anything is waited for.
+    const auto row_of_lane = [&](int slot) {
+        slot += threadIdx.x % LANES;
+        return !rows ? token : slot < topk ? rows[slot] : -1;
+    };
+    int mine = row_of_lane(0);
     if constexpr (MODE == TENSOR) {
         token_scale = scale_of_amax(ALONE ? largest : max_of_partials(partials));
         if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
@@ -156,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     }
 
     for (int slot = 0; slot < topk; ++slot) {
-        const int row = rows ? rows[slot] : token;
+        if (slot > 0 && slot % LANES == 0) mine = row_of_lane(slot);
+        const int row = __shfl_sync(FULL_WARP, mine, slot % LANES);
         if (row < 0 || !wanted) continue;
         const float weight = WEIGHTED ? topk_weights[(long long)token * topk + slot] : 1.0f;
         float scale = token_scale;
