@@ -11,10 +11,11 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
 
-constexpr int MOST = PER_CHANNEL || sizeof(Bias) > 1 ? 2 : 4;  // with scales or bias for each column there is more to hold
-constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;  // slots whose loads are on their way together
+// Slots whose loads are on their way together: with scales or bias for each column there is more to hold.
+constexpr int MOST = PER_CHANNEL || sizeof(Bias) > 1 ? 2 : 16 / sizeof(In);
+constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;
 
-struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row
+struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead
 
 extern "C" __global__ void combine(
     const In* x,                              // (rows, x_pitch); made by the kernel in front
@@ -57,7 +58,7 @@ extern "C" __global__ void combine(
             if constexpr (!PER_CHANNEL) factor *= pick(w_scale, (long long)expert * w_scale_stride, 1.0f);
             any = true;
         }
-        slots[slot] = {row, expert, weight, factor};
+        slots[slot] = {valid ? row : 0, expert, weight, factor};
     }
     any = __syncthreads_or(any);
     wait_for_previous_kernel();
@@ -65,17 +66,17 @@ extern "C" __global__ void combine(
 
     float sum[VECTOR] = {};
 #pragma unroll
-    for (int first = 0; first < TOPK; first += IN_FLIGHT) {
+    for (int first = 0; any && first < TOPK; first += IN_FLIGHT) {
         float v[IN_FLIGHT][VECTOR], scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
-            if (first + i >= TOPK || slots[first + i].expert < 0) continue;
-            const Slot slot = slots[first + i];
+            if (first + i >= TOPK) continue;
+            const Slot slot = slots[first + i];  // no branch without a row: loads would wait for one another
             load_vector<IN_ALIGNED, PER_CHANNEL>(x + slot.row * x_pitch + col, count, v[i]);
             if constexpr (PER_CHANNEL)
-                load_vector<IN_ALIGNED>(w_scale + (long long)slot.expert * w_scale_stride + col, count, scale[i]);
+                load_vector<IN_ALIGNED>(w_scale + (long long)max(slot.expert, 0) * w_scale_stride + col, count, scale[i]);
             if constexpr (sizeof(Bias) > 1)
-                load_vector<IN_ALIGNED>(bias + (long long)slot.expert * cols + col, count, shift[i]);
+                load_vector<IN_ALIGNED>(bias + (long long)max(slot.expert, 0) * cols + col, count, shift[i]);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {

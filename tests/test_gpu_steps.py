@@ -141,8 +141,10 @@ def test_combine(dtype, out_dtype, topk, cols, w_kind, seed):
     tokens, experts = 40, 6
     weights, ids = make_routing(seed, tokens, topk, experts, "wild")
     routing = cupy_moe.route(ids, experts)
+    routing.src2dst_map[routing.src2dst_map == 0] = -1
     weights = cupy.where(routing.src2dst_map < 0, np.float32(np.nan), weights)  # adds nothing all the same
     x = normal(seed, (tokens * topk, cols), dtype)
+    x[0] = np.nan  # a row without a slot
     options = {}
     if w_kind:
         options = {"w_scale": weight_scale(rng, w_kind, experts, cols, 1), "row_experts": routing.row_experts}
