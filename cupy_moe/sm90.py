@@ -47,7 +47,8 @@ class Tile(NamedTuple):
 PREFERRED = (
     Preference(5, Tile(16, 7)),
     Preference(28, Tile(32, 6)),
-    Preference(40, Tile(64, 8)),
+    Preference(40, Tile(48, 6)),
+    Preference(56, Tile(64, 8)),
     Preference(90, Tile(96, 6)),
     Preference(115, Tile(128, 6)),
     Preference(170, Tile(160, 5)),

@@ -34,7 +34,10 @@ constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
-constexpr bool LARGE = ROWS > 32;  // a block takes all registers of a multiprocessor
+constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiprocessor
+// Stages of weights that are asked for before there are rows. More would only delay what the kernels in front load.
+constexpr int EARLY = STAGES < 4 ? STAGES : 4;
+constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 
@@ -111,7 +114,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + atomicAdd(groups.claims, 1);
         for (int step = 0; step < groups.steps; ++step, state.next()) {
-            if (!waited && early == STAGES) wait_for_rows();
+            if (!waited && early == EARLY) wait_for_rows();
             wait(ring.empty(state.stage), state.parity ^ 1);  // passes in the first round
             ring.place(state.stage) = at;
             expect_bytes(ring.full(state.stage), STAGE_BYTES);
@@ -128,45 +131,74 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     if (CLUSTER == 1 && atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
-// Up to WINDOW stages, the first COLS rows. The accumulators of the tensor cores hold fewer bits than float32: each window is
-// added to the sum on its own.
+// The products of a stage, the first COLS rows, on their way into `part`, or added to it.
 template <int COLS>
-__device__ __forceinline__ void multiply_window(float (&sum)[SUMS], const Ring& ring, RingState& state, int stages) {
-    const auto release = [&](int stage) {
-        const int lane = threadIdx.x % LANES;
-        if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
-    };
-    float part[COLS / 2];
-    int before = state.stage;
+__device__ __forceinline__ void start_products(float (&part)[COLS / 2], const Ring& ring, const RingState& state, bool add) {
+    wait(ring.full(state.stage), state.parity);
+    const u8* weights = ring.stage(state.stage);
+    const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
+    const u32 b = shared_address(weights + WEIGHT_BYTES) / 16;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < WINDOW; ++i) {
-        if (i > 0 && i >= stages) break;
-        wait(ring.full(state.stage), state.parity);
-        const u8* weights = ring.stage(state.stage);
-        const u32 a = shared_address(weights + threadIdx.x / 128 * (64 * STEP)) / 16;
-        const u32 b = shared_address(weights + WEIGHT_BYTES) / 16;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int k = 0; k < STEP / 32; ++k) wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), i > 0 || k > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (i > 0) {
-            wait_for_products<1>();
-            release(before);
-        }
-        before = state.stage;
-        state.next();
-    }
-    wait_for_products<0>();
-    release(before);
+    for (int k = 0; k < STEP / 32; ++k) wgmma(part, descriptor(a + 2 * k), descriptor(b + 2 * k), add || k > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void release(const Ring& ring, int stage) {
+    const int lane = threadIdx.x % LANES;
+    if (lane < CLUSTER) arrive_at<CLUSTER>(ring.empty(stage), lane);
+}
+
+// Adds the products in `part`, the last ones of `stage`, once no more than UNDER_WAY later stages are not there.
+template <int UNDER_WAY, int COLS>
+__device__ __forceinline__ void add_products(float (&sum)[SUMS], float (&part)[COLS / 2], const Ring& ring, int stage) {
+    wait_for_products<UNDER_WAY>();
+    release(ring, stage);
 #pragma unroll
     for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
 #pragma unroll
     for (int i = 0; i < COLS / 2; ++i) sum[i] += part[i];
 }
 
+// The accumulators of the tensor cores hold fewer bits than float32: each window of stages is added to the sum on its own.
+// If OVERLAPPED, the products of the next stage are under way while those of one are added.
 template <int COLS>
 __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps) {
-    for (int left = steps; left > 0; left -= WINDOW) multiply_window<COLS>(sum, ring, state, left);
+    const auto take = [&] {
+        const int stage = state.stage;
+        state.next();
+        return stage;
+    };
+    if constexpr (OVERLAPPED) {
+        float part[2][COLS / 2];
+        start_products<COLS>(part[0], ring, state, false);
+        int before = take();
+        for (int left = steps - 1;; left -= 2) {
+            if (left == 0) return add_products<0, COLS>(sum, part[0], ring, before);
+            start_products<COLS>(part[1], ring, state, false);
+            add_products<1, COLS>(sum, part[0], ring, before);
+            before = take();
+            if (left == 1) return add_products<0, COLS>(sum, part[1], ring, before);
+            start_products<COLS>(part[0], ring, state, false);
+            add_products<1, COLS>(sum, part[1], ring, before);
+            before = take();
+        }
+    } else {
+        for (int left = steps; left > 0; left -= WINDOW) {
+            float part[COLS / 2];
+            start_products<COLS>(part, ring, state, false);
+            int before = take();
+#pragma unroll
+            for (int i = 1; i < WINDOW; ++i) {
+                if (i >= left) break;
+                start_products<COLS>(part, ring, state, true);
+                wait_for_products<1>();
+                release(ring, before);
+                before = take();
+            }
+            add_products<0, COLS>(sum, part, ring, before);
+        }
+    }
 }
 
 template <int N = 1>
@@ -192,7 +224,7 @@ __device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, 
         const bool all = ROWS > 192 || at.count > HALF;
         const float mine = all ? finish(end, at, scales, col, sum) : finish<ROWS, HALF>(end, at, scales, col, sum);
         if constexpr (MEASURED) {
-            const u32 of_warp = __reduce_max_sync(FULL_WARP, __float_as_uint(mine));
+            const u32 of_warp = __float_as_uint(warp_max(mine));
             if (threadIdx.x % LANES == 0) atomicMax(largest, of_warp);
         }
     }
