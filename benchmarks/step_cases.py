@@ -140,7 +140,7 @@ def requantize(case: Case, scheme: str) -> Step:
     """
     codes, owners = case.empty(case.rows, case.inner, dtype=FP8), case.routing.row_experts
     scale, partials, told = case.scaling(scheme)
-    if scheme == "tensor" and case.rows >= gemms.PACKED_ROWS * case.experts:
+    if gemms.packs(case.rows, case.experts, per_token=scheme == "token"):
         words, x = packed(case)
         spans = torch.stack([case.routing.expert_offsets[:-1], case.routing.expert_counts], dim=1)
         steps = [launches.requantize(

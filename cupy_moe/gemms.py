@@ -30,6 +30,11 @@ PACKED_ROWS = 32
 """Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up."""
 
 
+def packs(rows: int, experts: int, *, per_token: bool) -> bool:
+    """Whether it pays to pack what GEMM 1 leaves of ``rows`` rows. With a scale per token it would be read twice."""
+    return rows >= PACKED_ROWS * experts and not per_token
+
+
 def scaling(
     static: RowScale | None, per_token: bool, row_scales: int, tensor_scale: int
 ) -> tuple[str, RowScale, int, RowScale]:
@@ -97,7 +102,7 @@ class OwnGemms:
     """A kernel of our own: activation in the end of GEMM 1, and codes too where their scale is given."""
 
     kernel: ClassVar[ModuleType]  # what prepares it
-    packs: ClassVar[bool]  # whether every tile has whole groups of rows
+    can_pack: ClassVar[bool]  # whether every tile has whole groups of rows
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
@@ -116,9 +121,8 @@ class OwnGemms:
         if layer.a2_scale is not None:
             return 0, 0, "float32"
         columns, experts = layer.intermediate, layer.spec.num_experts
-        # A scale per token takes two readings. (So batch_invariant packs nothing, which refuses one scale for all.)
-        worth = rows >= PACKED_ROWS * experts and not layer.spec.per_act_token
-        if self.packs and worth and not comparable:
+        # (batch_invariant refuses one scale for all, and so packs nothing.)
+        if self.can_pack and not comparable and packs(rows, experts, per_token=layer.spec.per_act_token):
             return launches.packed_rows(rows, experts), columns, launches.PACKED
         return rows, columns, "float32"
 
@@ -183,14 +187,14 @@ class Sm90Gemms(OwnGemms):
     """The kernel of ``gemm_sm90.cu``."""
 
     kernel: ClassVar[ModuleType] = sm90
-    packs: ClassVar[bool] = True
+    can_pack: ClassVar[bool] = True
 
 
 class MmaGemms(OwnGemms):
     """The kernel of ``gemm_mma.cu``."""
 
     kernel: ClassVar[ModuleType] = mma
-    packs: ClassVar[bool] = False
+    can_pack: ClassVar[bool] = False
 
 
 Gemms = CublasltGemms | OwnGemms
