@@ -277,16 +277,19 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
 }
 
 // ---- reductions -------------------------------------------------------------------------------------------------
-// The largest x of the block, in every thread. At most 1024 threads, all of which call it.
-__device__ __forceinline__ float block_max(float x) {
-    __shared__ float warp_max[LANES];
-    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    if (threadIdx.x % LANES == 0) warp_max[threadIdx.x / LANES] = x;
+// The largest of the warp's magnitudes, in every lane: those are in the order of their bits.
+__device__ __forceinline__ float warp_max(float magnitude) {
+    return __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(magnitude)));
+}
+
+// The largest of the block's magnitudes, in every thread. At most 1024 threads, all of which call it.
+__device__ __forceinline__ float block_max(float magnitude) {
+    __shared__ float of_warps[LANES];
+    const float of_warp = warp_max(magnitude);
+    if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = of_warp;
     __syncthreads();
     const int lane = threadIdx.x % LANES;
-    x = lane < int(blockDim.x / LANES) ? warp_max[lane] : 0.0f;
-    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    return x;
+    return warp_max(lane < int(blockDim.x / LANES) ? of_warps[lane] : 0.0f);
 }
 
 // The maximum of a tensor is found in two steps: each block of one kernel leaves its own maximum, and each warp of the next
@@ -301,6 +304,5 @@ __device__ __forceinline__ float max_of_partials(const float* partials) {
         const float4 four = mine[i];
         x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
     }
-    for (int offset = LANES / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    return x;
+    return warp_max(x);
 }
