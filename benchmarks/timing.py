@@ -170,13 +170,14 @@ def time_cold(
     return _summary(times)
 
 
-def host_us(call: Callable[[], object], calls: int = 30, rounds: int = 10) -> float:
+def host_us(call: Callable[[], object], calls: int = 30, seconds: float = 0.1) -> float:
     """Host time of one eager call in microseconds: wall time of ``calls`` calls that wait for nothing.
 
-    ``calls`` is small enough that the driver's queue of launches (about a thousand) does not fill up.
+    The best of the rounds that fit into ``seconds``, since other processes disturb it. ``calls`` is small enough that
+    the driver's queue of launches (about a thousand) does not fill up.
     """
-    best = float("inf")
-    for _ in range(rounds):
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(calls):
