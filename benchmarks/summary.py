@@ -18,6 +18,9 @@ SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
 
+DISTURBED = 1.25
+"""Replays of a graph take the same time again: a median so many times the minimum is not that of the call alone."""
+
 Cells = dict[tuple[int, ...], dict[str, dict[str, Any]]]
 """(E, topk, K, N, M) to the record of each implementation."""
 
@@ -76,15 +79,21 @@ def over_fastest(of: Cells) -> dict[str, list[float]]:
     return ratios
 
 
+def disturbed(record: dict[str, Any]) -> bool:
+    """Whether something else ran beside most of the replays."""
+    return bool(record["mode"] == "graph" and record["us"] > DISTURBED * record["us_min"])
+
+
 def speedups(of: Cells) -> dict[tuple[int, ...], float]:
-    """Time of vLLM over that of cupy_moe, where both were measured."""
-    both = {key: cell for key, cell in of.items() if {"vllm", "cupy_moe"} <= cell.keys()}
-    return {key: cell["vllm"]["us"] / cell["cupy_moe"]["us"] for key, cell in both.items()}
+    """Time of vLLM over that of cupy_moe, where both were measured and neither was `disturbed`."""
+    both = {key: (cell["vllm"], cell["cupy_moe"]) for key, cell in of.items() if {"vllm", "cupy_moe"} <= cell.keys()}
+    return {key: pair[0]["us"] / pair[1]["us"] for key, pair in both.items() if not any(map(disturbed, pair))}
 
 
 def over_floor(of: Cells, name: str = "cupy_moe") -> dict[tuple[int, ...], float]:
-    """Time of an implementation over the floor."""
-    return {key: cell[name]["us"] / cell[name]["floor_us"] for key, cell in of.items() if name in cell}
+    """Time of an implementation over the floor, where it was not `disturbed`."""
+    own = {key: cell[name] for key, cell in of.items() if name in cell and not disturbed(cell[name])}
+    return {key: record["us"] / record["floor_us"] for key, record in own.items()}
 
 
 def invariance(records: list[dict[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def more_results(monkeypatch, tmp_path):
         header = {**content["header"], "rates": {**content["header"]["rates"], **rates}}
         (tmp_path / name).write_text(json.dumps({"header": header, "records": records, "failures": []}))
 
-    skewed = [{**record, "routing": "skewed", "us": 2 * record["us"]} for record in plain]
+    skewed = [{**record, "routing": "skewed", **{us: 2 * record[us] for us in ("us", "us_min")}} for record in plain]
     other = [{**record, "backend": "other"} for record in plain if record["impl"] == "cupy_moe"]
     save(summary.TABLE, uniform + other)
     save(summary.SKEWED, skewed)
@@ -89,6 +89,24 @@ def more_results(monkeypatch, tmp_path):
         for record in ours for option in (False, True)
     ])  # fmt: skip
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
+
+
+@pytest.mark.parametrize("impl", ["vllm", "cupy_moe"])
+def test_a_disturbed_timing_is_left_out_by_name(impl, monkeypatch, tmp_path):
+    content = json.loads((RESULTS / summary.TABLE).read_text())
+    kind = {"impl": impl, "scheme": "token", "l2": "cold", "M": 64}
+    record = next(one for one in content["records"] if all(one[key] == value for key, value in kind.items()))
+    before = summary.speedups(summary.cells(summary.TABLE, scheme="token", l2="cold"))
+    record["us"] = 3 * record["us_min"]
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
+    (tmp_path / summary.TABLE).write_text(json.dumps(content))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    of = summary.cells(summary.TABLE, scheme="token", l2="cold")
+    (gone,) = before.keys() - summary.speedups(of).keys()
+    assert gone == (*record["shape"], 64)
+    assert (gone in summary.over_floor(of)) == (impl == "vllm")
+    assert f"scales per token, where something disturbed {impl} (" in report.section()
+    assert report.details()
 
 
 def test_report_of_everything(more_results):
