@@ -165,6 +165,24 @@ __device__ __forceinline__ void clear_tail(int first, int step, int begin, int p
     for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
 }
 
+// Where routing writes, beside the spans.
+struct Results { int *expert_offsets, *expert_counts, *dst2src_map, *src2dst_map, *row_experts; };
+
+// From the counts of all blocks to everything that depends on them: `first` holds how many pairs of each expert come before
+// the block's, and becomes the rows of those. Block 0 writes what belongs to the experts.
+__device__ __forceinline__ void place(const Shape& shape, int begin, int end, int* first, const int* of_all, int blocks,
+                                      const Results& to, const Tables& tables, Span* spans) {
+    const int total = place_experts(shape.experts, of_all, [&](int expert, int row, int count) {
+        first[expert] += row;
+        if (blockIdx.x > 0) return;
+        to.expert_offsets[expert] = row;
+        write_expert(expert, shape.experts, row, count, spans, to.expert_counts, tables);
+    });
+    if (blockIdx.x == 0 && threadIdx.x == 0) to.expert_offsets[shape.experts] = total;
+    place_pairs(shape, begin, end, first, to.dst2src_map, to.src2dst_map, to.row_experts);
+    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x, total, shape.pairs, to.dst2src_map, to.row_experts);
+}
+
 #if __CUDA_ARCH__ >= 900
 #define IN_CLUSTER __cluster_dims__(CLUSTER)
 #else
@@ -198,15 +216,8 @@ extern "C" __global__ void IN_CLUSTER route(
         of_all[expert] = all;
     }
     if constexpr (CLUSTER > 1) arrive_at_cluster();
-    const int total = place_experts(experts, of_all, [&](int expert, int row, int count) {
-        first[expert] += row;
-        if (rank > 0) return;
-        expert_offsets[expert] = row;
-        write_expert(expert, experts, row, count, spans, expert_counts, tables);
-    });
-    if (rank == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
-    place_pairs(shape, begin, end, first, dst2src_map, src2dst_map, row_experts);
-    clear_tail(rank * blockDim.x + threadIdx.x, CLUSTER * blockDim.x, total, pairs, dst2src_map, row_experts);
+    const Results to = {expert_offsets, expert_counts, dst2src_map, src2dst_map, row_experts};
+    place(shape, begin, end, first, of_all, CLUSTER, to, tables, spans);
     if constexpr (CLUSTER > 1) wait_for_cluster();  // the others have read this block's counts
 }
 
@@ -224,7 +235,7 @@ extern "C" __global__ void route_count(
 }
 
 // Each block adds up the counts itself: those of all blocks to the first rows of the experts, those of the blocks before it
-// to where its own pairs begin. Block 0 writes what belongs to the experts.
+// to where its own pairs begin.
 extern "C" __global__ void route_place(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
     const int* block_counts, int* expert_offsets, int* expert_counts, int* dst2src_map, int* src2dst_map,
@@ -249,15 +260,8 @@ extern "C" __global__ void route_place(
         if (i < before) atomicAdd(first + expert, count);
     }
     __syncthreads();
-    const int total = place_experts(experts, of_all, [&](int expert, int row, int count) {
-        first[expert] += row;
-        if (blockIdx.x > 0) return;
-        expert_offsets[expert] = row;
-        write_expert(expert, experts, row, count, spans, expert_counts, tables);
-    });
-    if (blockIdx.x == 0 && threadIdx.x == 0) expert_offsets[experts] = total;
-    place_pairs(shape, begin, end, first, dst2src_map, src2dst_map, row_experts);
-    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, total, pairs, dst2src_map, row_experts);
+    const Results to = {expert_offsets, expert_counts, dst2src_map, src2dst_map, row_experts};
+    place(shape, begin, end, first, of_all, gridDim.x, to, tables, spans);
 }
 
 // The padded form: expert e's rows are e * max_tokens + (0 .. expert_num_tokens[e] - 1), already in place.
