@@ -197,12 +197,12 @@ def quantize(
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
     alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS
-    of_all = tokens * -(-cols // VECTOR)
+    vectors = tokens * -(-cols // VECTOR)
     if mode == "TOKEN":
         grid = grids.whole_rows(tokens, out_cols)
     else:
-        grid = grids.stretches(out_cols, _scan_threads(of_all) if alone else STRETCH_THREADS)
-    threads = max(grid.threads, _scan_threads(of_all)) if alone else grid.threads
+        grid = grids.stretches(out_cols, _scan_threads(vectors) if alone else STRETCH_THREADS)
+    threads = _scan_threads(vectors) if alone else grid.threads  # not fewer: some only look for the maximum
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
@@ -216,7 +216,7 @@ def quantize(
         "cols": cols, "partials": partials,
     }
     amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
-        kernel("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-of_all // PARTIALS)), **source, valid_only=valid_only,
+        kernel("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-vectors // PARTIALS)), **source, valid_only=valid_only,
         tokens=tokens,
     )]
     return [*amax, Launch(

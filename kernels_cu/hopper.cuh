@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only Hopper has: barriers in shared memory that count arrivals and bytes, and copies of boxes of a tensor into shared
-// memory that report to them. Pasted between common.cuh and the files that need it.
+// What devices have from compute capability 9.0 on: barriers in shared memory that count arrivals and bytes, copies of boxes of a
+// tensor into shared memory that report to them, and clusters. Pasted between common.cuh and the files that need it.
 
 struct alignas(64) TensorMap { long long words[16]; };
 
