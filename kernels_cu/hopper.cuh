@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What devices have from compute capability 9.0 on: barriers in shared memory that count arrivals and bytes, copies of boxes of a
+// What compute capability 9.0 and later have: barriers in shared memory that count arrivals and bytes, copies of boxes of a
 // tensor into shared memory that report to them, and clusters. Pasted between common.cuh and the files that need it.
 
 struct alignas(64) TensorMap { long long words[16]; };

@@ -180,7 +180,8 @@ __device__ __forceinline__ void place(const Shape& shape, int begin, int end, in
     });
     if (blockIdx.x == 0 && threadIdx.x == 0) to.expert_offsets[shape.experts] = total;
     place_pairs(shape, begin, end, first, to.dst2src_map, to.src2dst_map, to.row_experts);
-    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x, total, shape.pairs, to.dst2src_map, to.row_experts);
+    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x, total, shape.pairs, to.dst2src_map,
+               to.row_experts);
 }
 
 #if __CUDA_ARCH__ >= 900
