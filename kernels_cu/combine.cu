@@ -11,8 +11,8 @@
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
 
-// Slots whose loads are on their way together: with scales or bias for each column there is more to hold.
-constexpr int MOST = PER_CHANNEL || sizeof(Bias) > 1 ? 2 : 16 / sizeof(In);
+// Slots whose loads are on their way together.
+constexpr int MOST = 16 / sizeof(In);
 constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;
 
 struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead
@@ -61,22 +61,31 @@ extern "C" __global__ void combine(
         slots[slot] = {valid ? row : 0, expert, weight, factor};
     }
     any = __syncthreads_or(any);
+    // What the columns have, of some slots: no kernel makes it.
+    float scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
+    const auto load_columns = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            if (first + i >= TOPK) continue;
+            const long long expert = max(slots[first + i].expert, 0);
+            if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(w_scale + expert * w_scale_stride + col, count, scale[i]);
+            if constexpr (sizeof(Bias) > 1) load_vector<IN_ALIGNED>(bias + expert * cols + col, count, shift[i]);
+        }
+    };
+    if (any && col < cols) load_columns(0);
     wait_for_previous_kernel();
     if (col >= cols) return;
 
     float sum[VECTOR] = {};
 #pragma unroll
     for (int first = 0; any && first < TOPK; first += IN_FLIGHT) {
-        float v[IN_FLIGHT][VECTOR], scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
+        float v[IN_FLIGHT][VECTOR];
+        if (first > 0) load_columns(first);
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
             if (first + i >= TOPK) continue;
             const Slot slot = slots[first + i];  // no branch without a row: loads would wait for one another
             load_vector<IN_ALIGNED, PER_CHANNEL>(x + slot.row * x_pitch + col, count, v[i]);
-            if constexpr (PER_CHANNEL)
-                load_vector<IN_ALIGNED>(w_scale + (long long)max(slot.expert, 0) * w_scale_stride + col, count, scale[i]);
-            if constexpr (sizeof(Bias) > 1)
-                load_vector<IN_ALIGNED>(bias + (long long)max(slot.expert, 0) * cols + col, count, shift[i]);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i) {
