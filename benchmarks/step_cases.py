@@ -12,7 +12,7 @@ import torch
 import cupy_moe
 from benchmarks import cases
 from benchmarks.expected import rounded, silu_and_mul
-from cupy_moe import gemms, launches
+from cupy_moe import dispatch, gemms, launches
 from cupy_moe.driver import Launch
 from cupy_moe.launches import Maps, Matrix, RowScale, WeightScale
 
@@ -91,10 +91,12 @@ def matrix(x: torch.Tensor) -> Matrix:
 def route(case: Case, scheme: str) -> Step:
     """Sort the (token, slot) pairs by expert."""
     made = [torch.empty_like(x) for x in case.routing]
-    scratch = case.empty(launches.route_blocks(case.rows) * case.experts, dtype=torch.int32)
-    steps = launches.route(
-        DEVICE, case.ids.data_ptr(), "int32", case.tokens, case.topk, case.experts,
-        Maps(*(x.data_ptr() for x in made)), scratch=scratch.data_ptr(),
+    scratch = case.empty(dispatch.route_blocks(case.rows) * case.experts, dtype=torch.int32)
+    steps = dispatch.route(
+        DEVICE, case.tokens, dispatch.Pairs(
+            case.ids.data_ptr(), "int32", case.topk, case.experts, Maps(*(x.data_ptr() for x in made)),
+            scratch=scratch.data_ptr(),
+        ),
     )  # fmt: skip
 
     def want() -> torch.Tensor:
@@ -112,7 +114,7 @@ def quantize(case: Case, scheme: str) -> Step:
     x, codes = case.normal(case.tokens, case.hidden), case.empty(case.rows, case.hidden, dtype=FP8)
     scale, partials, told = case.scaling(scheme)
     src2dst, owners = case.routing.src2dst_map, case.routing.row_experts
-    steps = launches.quantize(
+    steps = dispatch.quantize(
         DEVICE, scheme.upper(), matrix(x), case.tokens, case.hidden, matrix(codes), case.hidden, topk=case.topk,
         src2dst=src2dst.data_ptr(), row_experts=owners.data_ptr(), **told,
     )  # fmt: skip
@@ -150,7 +152,7 @@ def requantize(case: Case, scheme: str) -> Step:
         read: Arrays = (words, spans)
     else:
         words = x = case.normal(case.rows, case.inner, dtype=torch.float32)
-        steps = launches.quantize(
+        steps = dispatch.quantize(
             DEVICE, scheme.upper(), matrix(x), case.rows, case.inner, matrix(codes), case.inner,
             row_experts=owners.data_ptr(), fresh=True, **told,
         )  # fmt: skip

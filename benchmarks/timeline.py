@@ -36,7 +36,7 @@ def parts_of(kernels: list[tuple[str, float]]) -> dict[str, float]:
         multiplied = (multiplied or part is None) and part != "route"
         if part == "quantize" and multiplied:  # GEMM 1 ended with the activation; these are its codes
             part = "activation"
-        due = {"quantize": "gemm1", "activation": "gemm2"}.get(part or "", due)
+        due = {"route": "gemm1", "quantize": "gemm1", "activation": "gemm2"}.get(part or "", due)
         total[part or due] += us
     return {part: us / CALLS for part, us in total.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cupy_moe import launches
+from cupy_moe import dispatch
 from cupy_moe.launches import Maps, Matrix
 from cupy_moe.workspace import Carver
 
@@ -42,7 +42,7 @@ class Buffers:
             layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
             carver.take(rows * 4), layer.spans.data.ptr,
         )
-        self.scratch = carver.take(launches.route_blocks(rows) * layer.spec.num_experts * 4)
+        self.scratch = carver.take(dispatch.route_blocks(rows) * layer.spec.num_experts * 4)
         self.nbytes = carver.used
 
 

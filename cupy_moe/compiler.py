@@ -23,7 +23,8 @@ TARGETS = {"gemm_sm90.cu": "sm_90a"}
 HEADERS = {
     "gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "packed.cuh", "ends.cuh"),
     "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "ends.cuh"), "requantize.cu": ("packed.cuh",),
-    "route.cu": ("hopper.cuh",),
+    "quantize.cu": ("quantize.cuh",), "route.cu": ("hopper.cuh", "routing.cuh"),
+    "route_quantize.cu": ("routing.cuh", "quantize.cuh"),
 }
 """What a file needs beside ``common.cuh``; it may use the constants."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")

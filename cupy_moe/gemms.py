@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from cupy_moe import backend, e4m3, launches, mma, sm90, tuning
+from cupy_moe import backend, dispatch, e4m3, launches, mma, sm90, tuning
 from cupy_moe.buffers import Buffers, as_array
 from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
@@ -155,7 +155,7 @@ class OwnGemms:
                 layer.device, out, shape.rows, buffers.maps.spans, layer.spec.num_experts, buffers.a,
                 partials=end.partials, scale_out=scale_out,
             )], result
-        return [gemm, *launches.quantize(
+        return [gemm, *dispatch.quantize(
             layer.device, mode, out, shape.rows, layer.spec.intermediate_size, buffers.a, layer.intermediate,
             row_experts=buffers.maps.row_experts, partials=end.partials, scale_out=scale_out, fresh=True,
         )], result

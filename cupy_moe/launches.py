@@ -1,32 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One function per kernel: choose the variant and the grid, return the prepared `Launch`.
+"""One function per kernel: choose the variant and the grid, return the prepared `Launch`. `dispatch` has more of them.
 
 Addresses are integers (0 for null). Everything is on one device; nothing is enqueued here.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cupy_moe import compiler, grids
 from cupy_moe.arrays import Array
 from cupy_moe.driver import Kernel, Launch
-from cupy_moe.grids import STRETCH_THREADS, VECTOR, up
+from cupy_moe.grids import STRETCH_THREADS, VECTOR
 
 MAX_THREADS = 1024
-PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
-"""(token, slot) pairs of a block of `route`, unless that would be more blocks than these, each of which reads the
-counts of all."""
-ROUTE_CLUSTER = 8
-"""Blocks that do in one launch, as a cluster, what else takes two if there is more than one."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
-SCAN_VECTORS = 4
-"""Vectors that a thread loads at a time to find a maximum, ``IN_FLIGHT`` of ``quantize.cu``."""
-ALONE_ELEMENTS = 1 << 15
-"""Hidden states up to which the blocks of `quantize_shuffle` find their maximum, while routing runs, each by itself."""
-_ROUTE_SHARED_BYTES = 96 * 1024
-_ID_TYPES = {"int32": "int", "int64": "long long"}
 PACKED, GROUP_ROWS = "packed", 16
 """The form of many activated values, 24 bits each, and the rows that it takes together; as in ``packed.cuh``."""
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1, PACKED: 3}
@@ -109,121 +98,6 @@ class Maps(NamedTuple):
     src2dst: int
     row_experts: int
     spans: int = 0  # (E, 2) int32, first row and count, for kernels that start while routing runs
-
-
-def _route_threads(pairs: int, experts: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) of a routing block: a row of the table per warp, three numbers per expert.
-
-    If there is room, the last warp has no pairs.
-    """
-    warps = min(max(up(pairs, 32) // 32, 4) + 1, 32)
-    while warps > 1 and (warps + 3) * (experts | 1) * 4 > _ROUTE_SHARED_BYTES:
-        warps //= 2
-    return warps * 32, (warps + 3) * (experts | 1) * 4
-
-
-def _pairs_per_block(pairs: int) -> int:
-    return max(PAIRS_PER_BLOCK, up(-(-pairs // MOST_ROUTE_BLOCKS), 32))
-
-
-def route_blocks(pairs: int) -> int:
-    """Blocks that `route` cuts ``pairs`` into; its scratch takes ``blocks * experts`` int32 if there are several."""
-    return max(-(-pairs // _pairs_per_block(pairs)), 1)
-
-
-def route(
-    device: int, ids: int, id_dtype: str, tokens: int, topk: int, experts: int, maps: Maps, *, expert_map: int = 0,
-    map_size: int = 0, tables: Tables | None = None, scratch: int = 0,
-) -> list[Launch]:
-    """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
-    pairs = tokens * topk
-    blocks = route_blocks(pairs)
-    cluster = ROUTE_CLUSTER if 1 < blocks <= ROUTE_CLUSTER and compiler.has_clusters(device) else 1
-
-    def kernel(name: str) -> Kernel:
-        return compiler.kernel("route.cu", name, device, Id=_ID_TYPES[id_dtype], CLUSTER=cluster)
-
-    shape: dict[str, Any] = {
-        "ids": ids, "pairs": pairs, "topk": topk, "experts": experts, "expert_map": expert_map, "map_size": map_size
-    }
-    placed: dict[str, Any] = {
-        "dst2src_map": maps.dst2src, "src2dst_map": maps.src2dst, "row_experts": maps.row_experts
-    }
-    summed: dict[str, Any] = {
-        "expert_offsets": maps.expert_offsets, "expert_counts": maps.expert_counts,
-        "tables": (tables or Tables())._asdict(), "spans": maps.spans,
-    }
-    if blocks == 1 or cluster > 1:
-        threads, shared = _route_threads(-(-pairs // cluster), experts)
-        return [Launch(kernel("route"), (cluster, 1), threads, shared_bytes=shared, **shape, **placed, **summed)]
-    per_block = _pairs_per_block(pairs)
-    threads, shared = _route_threads(per_block, experts)
-    split: dict[str, Any] = {**shape, "pairs_per_block": per_block, "block_counts": scratch}
-    return [
-        Launch(kernel("route_count"), (blocks, 1), threads, shared_bytes=shared, **split, spans=maps.spans),
-        Launch(kernel("route_place"), (blocks, 1), threads, shared_bytes=shared, **split, **placed, **summed),
-    ]
-
-
-def route_padded(
-    device: int, expert_num_tokens: int, dtype: str, experts: int, max_tokens: int, maps: Maps, tables: Tables
-) -> Launch:
-    """The same tables for rows that already lie at ``expert * max_tokens``."""
-    return Launch(
-        compiler.kernel("route.cu", "route_padded", device, Id=_ID_TYPES[dtype], CLUSTER=1), (experts, 1),
-        STRETCH_THREADS, expert_num_tokens=expert_num_tokens, experts=experts, max_tokens=max_tokens,
-        expert_counts=maps.expert_counts, src2dst_map=maps.src2dst, row_experts=maps.row_experts,
-        tables=tables._asdict(), spans=maps.spans,
-    )
-
-
-def _scan_threads(vectors: int) -> int:
-    """Threads of a block that looks for the maximum of ``vectors`` vectors.
-
-    No more than have anything to load: the kernels behind want room beside them.
-    """
-    return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), MAX_THREADS // 2)
-
-
-def quantize(
-    device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *, topk: int = 1,
-    src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0, weighted: bool = False, scale: RowScale = UNSCALED,
-    partials: int = 0, valid_only: bool = False, scale_out: int = 0, fresh: bool = False,
-) -> list[Launch]:
-    """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens`` unless ``x`` is small.
-
-    ``weighted`` puts the router weight on the input.
-
-    ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
-    """
-    alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS
-    vectors = tokens * -(-cols // VECTOR)
-    if mode == "TOKEN":
-        grid = grids.whole_rows(tokens, out_cols)
-    else:
-        grid = grids.stretches(out_cols, _scan_threads(vectors) if alone else STRETCH_THREADS)
-    threads = _scan_threads(vectors) if alone else grid.threads  # not fewer: some only look for the maximum
-
-    def kernel(name: str) -> Kernel:
-        return compiler.kernel(
-            "quantize.cu", name, device, In=compiler.CUDA_TYPES[x.dtype], MODE=mode, VECS=grid.per_thread,
-            IN_ALIGNED=x.aligned(cols), OUT_ALIGNED=out.aligned(out_cols), WEIGHTED=weighted,
-            PER_EXPERT=bool(scale.expert_stride), ALONE=alone, FRESH=fresh,
-        )
-
-    source: dict[str, Any] = {
-        "x": x.pointer, "x_pitch": x.pitch, "src2dst_map": src2dst, "topk_weights": topk_weights, "topk": topk,
-        "cols": cols, "partials": partials,
-    }
-    amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
-        kernel("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-vectors // PARTIALS)), **source, valid_only=valid_only,
-        tokens=tokens,
-    )]
-    return [*amax, Launch(
-        kernel("quantize_shuffle"), (tokens, grid.stretches), threads, **source, row_experts=row_experts,
-        scale_in=scale.pointer, scale_value=scale.value, scale_stride=scale.row_stride, out_cols=out_cols,
-        out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
-    )]
 
 
 def packed_rows(rows: int, experts: int) -> int:

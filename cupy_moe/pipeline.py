@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import gemms, launches, replay, tuning
+from cupy_moe import dispatch, gemms, launches, replay, tuning
 from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT
@@ -130,22 +130,21 @@ class Plan:
         self.generation, self.tuned = workspace.generation, tuning.CACHE.generation
         self.ready = shape.hidden.dtype in FP8
 
-        route = self._route()
-        quantize, x_scale = self._quantize()
+        front, x_scale = self._front()
         first, a_scale = layer.gemms.first(layer, shape, self.buffers, x_scale)
         second = layer.gemms.second(layer, shape, self.buffers)
         combine = self._combine(a_scale)
-        self.steps: list[Step] = [*route, *quantize, *first, *second, combine]
+        self.steps: list[Step] = [*front, *first, *second, combine]
 
         # What changes from call to call: the stored arguments themselves.
         ids = "expert_num_tokens" if shape.max_tokens else "ids"
-        weighting = quantize if layer.spec.apply_router_weight_on_input else [combine]
-        self._hidden = [launch.argument("x") for launch in quantize]
-        self._ids = [launch.argument(ids) for launch in route if ids in launch.kernel.parameters]
-        self._topk_weights = [launch.argument("topk_weights") for launch in weighting]
-        self._scale = [quantize[0].argument("scale_in"), quantize[0].argument("scale_value")] if self.ready else []
+        weighting = front if layer.spec.apply_router_weight_on_input else [combine]
+        self._hidden = _arguments("x", front)
+        self._ids = _arguments(ids, front)
+        self._topk_weights = _arguments("topk_weights", weighting)
+        self._scale = [*_arguments("scale_in", front), *_arguments("scale_value", front)] if self.ready else []
         self._out = combine.argument("out")
-        self._changing = [*(launch for launch in route if ids in launch.kernel.parameters), *quantize, combine]
+        self._changing = [launch for launch in front if {"x", ids} & launch.kernel.parameters.keys()] + [combine]
         self._at: Addresses | None = None
         self._calls = 0
         self._moved = False  # since the replay took the addresses over
@@ -183,27 +182,8 @@ class Plan:
         self._at = at
         self._moved = True
 
-    def _route(self) -> list[Launch]:
-        layer, shape, buffers = self.layer, self.shape, self.buffers
-        operands = (buffers.x, buffers.inner, buffers.a, buffers.y)
-        tables = Tables(
-            layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
-            tuple(matrix.pitch * matrix.itemsize for matrix in operands),
-        )
-        experts = layer.spec.num_experts
-        if shape.max_tokens:
-            return [launches.route_padded(
-                layer.device, 0, shape.id_dtype, experts, shape.max_tokens, buffers.maps, tables
-            )]
-        expert_map = layer.spec.expert_map
-        return launches.route(
-            layer.device, 0, shape.id_dtype, shape.tokens, shape.topk, experts, buffers.maps,
-            expert_map=expert_map.info.pointer if expert_map else 0,
-            map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
-        )
-
-    def _quantize(self) -> tuple[list[Launch], RowScale]:
-        """The launches, and where the scales of the rows are then."""
+    def _front(self) -> tuple[list[Launch], RowScale]:
+        """The launches in front of GEMM 1, and where the scales of the rows are then."""
         layer, shape, buffers = self.layer, self.shape, self.buffers
         spec = layer.spec
         partials, tensor_scale = layer.partials[0].data.ptr, layer.tensor_scales.data.ptr
@@ -214,12 +194,30 @@ class Plan:
             mode, given, scale_out, result = gemms.scaling(
                 layer.a1_scale, spec.per_act_token, buffers.x_scales, tensor_scale
             )
-        return launches.quantize(
-            layer.device, mode, shape.hidden, shape.tokens, spec.hidden_size, buffers.x, layer.hidden, topk=shape.topk,
-            src2dst=buffers.maps.src2dst, row_experts=buffers.maps.row_experts,
+        route, rows = self._routing()
+        return [*route, *dispatch.quantize(
+            layer.device, mode, shape.hidden, shape.tokens, spec.hidden_size, buffers.x, layer.hidden, **rows,
             weighted=spec.apply_router_weight_on_input, scale=given, partials=partials,
             valid_only=bool(shape.max_tokens), scale_out=scale_out,
-        ), result
+        )], result
+
+    def _routing(self) -> tuple[list[Launch], dict[str, Any]]:
+        """The launches that are routing by themselves, and what `dispatch.quantize` is told of the rows."""
+        layer, shape, buffers = self.layer, self.shape, self.buffers
+        maps, experts = buffers.maps, layer.spec.num_experts
+        operands = (buffers.x, buffers.inner, buffers.a, buffers.y)
+        tables = Tables(
+            layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
+            tuple(matrix.pitch * matrix.itemsize for matrix in operands),
+        )
+        if shape.max_tokens:
+            route = dispatch.route_padded(layer.device, 0, shape.id_dtype, experts, shape.max_tokens, maps, tables)
+            return [route], {"topk": 1, "src2dst": maps.src2dst, "row_experts": maps.row_experts}
+        expert_map = layer.spec.expert_map
+        return [], {"routing": dispatch.Pairs(
+            0, shape.id_dtype, shape.topk, experts, maps, expert_map=expert_map.info.pointer if expert_map else 0,
+            map_size=expert_map.info.shape[0] if expert_map else 0, tables=tables, scratch=buffers.scratch,
+        )}
 
     def _combine(self, a_scale: RowScale) -> Launch:
         layer, shape, maps = self.layer, self.shape, self.buffers.maps
@@ -228,6 +226,11 @@ class Plan:
             x_scale=a_scale, unit=layer.gemms.unit, w_scale=layer.w2_scale, bias=layer.w2_bias, src2dst=maps.src2dst,
             row_experts=maps.row_experts, skip_padding=bool(shape.max_tokens),
         )
+
+
+def _arguments(name: str, of: list[Launch]) -> list[Any]:
+    """The stored arguments called ``name``, of the launches that have one."""
+    return [launch.argument(name) for launch in of if name in launch.kernel.parameters]
 
 
 def _up(size: int) -> int:

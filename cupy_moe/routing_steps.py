@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupy_moe import arrays, checks, launches, reference
+from cupy_moe import arrays, checks, dispatch, launches, reference
 from cupy_moe.checks import FLOATS, INDICES
 from cupy_moe.launches import Maps
 from cupy_moe.routing import Routing
@@ -84,10 +84,12 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
         *(arguments.empty(shape, "int32") for shape in ((experts + 1,), (experts,), (rows,), (tokens, topk), (rows,)))
     )
     maps = Maps(*(arguments.pointer(x) for x in made))
-    scratch = arguments.empty((launches.route_blocks(rows) * experts,), "int32")
-    arguments.run(*launches.route(
-        arguments.device, ids.pointer, ids.dtype, tokens, topk, experts, maps,
-        expert_map=mapped.pointer, map_size=mapped.shape[0] if mapped.shape else 0, scratch=arguments.pointer(scratch),
+    scratch = arguments.empty((dispatch.route_blocks(rows) * experts,), "int32")
+    arguments.run(*dispatch.route(
+        arguments.device, tokens, dispatch.Pairs(
+            ids.pointer, ids.dtype, topk, experts, maps, expert_map=mapped.pointer,
+            map_size=mapped.shape[0] if mapped.shape else 0, scratch=arguments.pointer(scratch),
+        ),
     ))
     return made
 

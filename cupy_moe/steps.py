@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupy_moe import arrays, checks, launches, products, reference
+from cupy_moe import arrays, checks, dispatch, launches, products, reference
 from cupy_moe import backend as backend_choice
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.checks import FLOATS, FP8
@@ -53,7 +53,7 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
         mode = "TOKEN" if per_token else "TENSOR"
         made = arguments.empty((tokens if per_token else 1, 1)[: 1 + per_token], "float32")
     if 0 not in info.shape:
-        arguments.run(*launches.quantize(
+        arguments.run(*dispatch.quantize(
             arguments.device, mode, arguments.matrix(info), tokens, cols, out, cols, scale=given,
             partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
         ))

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_moe
-from cupy_moe import Workspace, backend, e4m3, launches, reference
+from cupy_moe import Workspace, backend, dispatch, e4m3, reference
 
 EXPERTS, TOPK = 5, 3
 CHECKS: list[tuple[str, float]] = []
@@ -112,7 +112,7 @@ def quantize(rng):
         for cols in (37, 48):
             x = draw(rng, (11, cols), dtype)
             compare(f"{x.dtype} {cols} tensor", "quantize_fp8", x)
-            with mock.patch.object(launches, "ALONE_ELEMENTS", 0):
+            with mock.patch.object(dispatch, "ALONE_ELEMENTS", 0):
                 compare(f"{x.dtype} {cols} tensor, many elements", "quantize_fp8", x)
             compare(f"{x.dtype} {cols} token", "quantize_fp8", x, per_token=True)
             compare(f"{x.dtype} {cols} static", "quantize_fp8", x, np.float32(0.01))

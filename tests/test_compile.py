@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 import kernels_cu
-from cupy_moe import compiler, driver, grids, launches, mma, sm90, tiles
+from cupy_moe import compiler, dispatch, driver, grids, launches, mma, sm90, tiles
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.launches import Bias, Maps, Matrix, RowScale, Tables, WeightScale
 
@@ -60,8 +60,8 @@ def record(calls):
         made.append(Recorded(kernel.file, kernel.name, kernel.constants, block, arguments))
         return mock.Mock()
 
-    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (sm90, "Launch", launch),
-               (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
+    patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (dispatch, "Launch", launch),
+               (sm90, "Launch", launch), (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
                (tiles, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
@@ -80,13 +80,19 @@ def matrix(dtype, cols, aligned):
     return Matrix(ADDRESS, cols if aligned else cols + 1, dtype)
 
 
-def quantize(dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False):
+def pairs(ids, topk=2):
+    return dispatch.Pairs(ADDRESS, ids, topk, 64, MAPS)
+
+
+def quantize(
+    dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, routing=None
+):  # fmt: skip
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
-    return lambda: launches.quantize(
-        0, mode, x, rows, cols, out, cols, topk=2, src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
-        weighted=weighted, scale=scale, fresh=fresh,
-    )  # fmt: skip
+    where = {"routing": routing} if routing else {"topk": 2, "src2dst": ADDRESS, "row_experts": ADDRESS}
+    return lambda: dispatch.quantize(
+        0, mode, x, rows, cols, out, cols, topk_weights=ADDRESS, weighted=weighted, scale=scale, fresh=fresh, **where
+    )
 
 
 def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024):
@@ -123,7 +129,7 @@ def combine(dtype, out_dtype, topk, aligned, bias, per_channel):
 
 
 def calls():
-    """Calls of every function of `launches`: each value of each constant, in changing company."""
+    """Calls of every function of `launches` and `dispatch`: each value of each constant, in changing company."""
     biases = ("None", *FLOATS)
     made = [
         quantize(dtype, mode, ALIGNED[i % 4], weighted=bool(i % 2))
@@ -135,6 +141,13 @@ def calls():
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
     made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
              for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
+    for i, (mode, dtype) in enumerate(itertools.product(("STATIC", "TOKEN"), FLOATS)):
+        routing = pairs(("int32", "int64")[i % 2])
+        made.append(quantize(dtype, mode, ALIGNED[i % 4], weighted=i % 3 == 0, per_expert=i % 2 == 1, routing=routing))
+    made += [quantize(dtype, "TENSOR", ALIGNED[i], routing=pairs("int32")) for i, dtype in enumerate(FLOATS)]
+    made += [quantize("uint8", "STATIC", aligned, routing=pairs("int64")) for aligned in ALIGNED]
+    made += [quantize("float32", "TOKEN", ALIGNED[0], rows=1, cols=cols, routing=pairs("int32"))
+             for _, cols in ROWS_TO_SCAN[:7]]  # fmt: skip
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
     made += [lambda: launches.requantize(0, packed, 999, ADDRESS, 8, codes, partials=ADDRESS, scale_out=ADDRESS)]
     made += [
@@ -174,8 +187,8 @@ def calls():
             for i, act in enumerate(ACTIVATIONS)
         ]
     for ids, tokens in itertools.product(("int32", "int64"), (9, 2000, 40000)):
-        made.append(lambda i=ids, t=tokens: launches.route(0, ADDRESS, i, t, 2, 64, MAPS, tables=Tables()))
-        made.append(lambda i=ids, t=tokens: launches.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))
+        made.append(lambda i=ids, t=tokens: dispatch.route(0, t, pairs(i)))
+        made.append(lambda i=ids, t=tokens: dispatch.route_padded(0, ADDRESS, i, 64, t, MAPS, Tables()))
     return made
 
 
@@ -193,6 +206,11 @@ VALUES = {
         "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False},
         "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "ALONE": {True, False},
         "FRESH": {True, False},
+    },
+    "route_quantize.cu": {
+        "Id": {"int", "long long"}, "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8},
+        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False},
+        "PER_EXPERT": {True, False}, "ALONE": {True, False},
     },
     "requantize.cu": {},
     "activation.cu": {
@@ -217,7 +235,7 @@ VALUES = {
     },
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
-    "route.cu": {"Id": {"int", "long long"}, "CLUSTER": {1, launches.ROUTE_CLUSTER}},
+    "route.cu": {"Id": {"int", "long long"}, "CLUSTER": {1, dispatch.ROUTE_CLUSTER}},
 }  # fmt: skip
 
 

@@ -13,15 +13,18 @@ from gpu_cases import (
     cupy,
     expected,
     host,
+    make_routing,
     normal,
+    poison,
     relative_error,
     sorted_rows,
     weight_scale,
 )
 
 import cupy_moe
-from cupy_moe import e4m3, launches, reference
+from cupy_moe import dispatch, e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
+from cupy_moe.launches import Maps, Matrix, RowScale, Tables
 
 pytestmark = pytest.mark.gpu
 
@@ -32,8 +35,8 @@ WIDTHS = ((1, 1), (3, 7), (11, 2880), (17, 2880), (130, 4096), (2, 14344), (9, 1
 
 def check_quantize(x, scale=None, **options):
     want_codes, want_scale = expected(reference.quantize_fp8, x, scale, **options)
-    for limit in (0, launches.ALONE_ELEMENTS):  # the maximum of few elements too with a kernel of its own
-        with mock.patch.object(launches, "ALONE_ELEMENTS", limit):
+    for limit in (0, dispatch.ALONE_ELEMENTS):  # the maximum of few elements too with a kernel of its own
+        with mock.patch.object(dispatch, "ALONE_ELEMENTS", limit):
             codes, made = cupy_moe.quantize_fp8(x, scale, **options)
         assert_equal(made, want_scale)
         assert_equal(codes, want_codes)
@@ -105,6 +108,55 @@ def test_quantize_special_rows(per_token, seed):
     check_quantize(cupy.asarray(x[:3] * 1e-6), per_token=per_token)
     check_quantize(cupy.zeros((3, 40), np.float16), per_token=per_token)
     assert cupy_moe.quantize_fp8(cupy.zeros((0, 40), np.float16), per_token=per_token)[0].shape == (0, 40)
+
+
+# ---- routing and quantisation in one launch -------------------------------------------------------------------------
+
+FEW_PAIRS = ((1, 1, 1, 7), (8, 3, 2, 4096), (64, 85, 6, 700), (600, 64, 8, 1024), (5, 170, 3, 40), (3, 512, 1, 72))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "wild", "mapped"])
+@pytest.mark.parametrize("mode", ["TENSOR", "TOKEN", "STATIC"])
+@pytest.mark.parametrize(("experts", "tokens", "topk", "cols"), FEW_PAIRS)
+def test_route_quantize(experts, tokens, topk, cols, mode, kind, seed):
+    x = normal(seed, (tokens, cols), "float16")
+    _, ids = make_routing(seed, tokens, topk, 2 * experts if kind == "mapped" else experts, kind, "int64")
+    expert_map = None
+    if kind == "mapped":
+        expert_map = cupy.asarray(np.random.default_rng(seed).permutation(2 * experts) - experts, np.int32)
+    want = expected(reference.route, ids, experts, expert_map=expert_map)
+    given = 0.01 if mode == "STATIC" else None
+    want_codes, want_scale = expected(reference.quantize_fp8, x, given, per_token=mode == "TOKEN")
+
+    made = [poison(cupy.empty(table.shape, np.int32)) for table in want]
+    spans, tables = poison(cupy.empty((experts, 2), np.int32)), poison(cupy.empty((4, experts), np.int64))
+    codes = poison(cupy.empty((tokens * topk, cols), np.uint8))
+    scales = poison(cupy.empty((tokens * topk, 1), np.float32))
+    launched = dispatch.quantize(
+        0, mode, Matrix(x.data.ptr, cols, "float16"), tokens, cols, Matrix(codes.data.ptr, cols, "uint8"), cols,
+        routing=dispatch.Pairs(
+            ids.data.ptr, "int64", topk, experts, Maps(*(table.data.ptr for table in made), spans.data.ptr),
+            expert_map=expert_map.data.ptr if kind == "mapped" else 0, map_size=2 * experts,
+            tables=Tables(tables.data.ptr, (1000, 0, 0, 0), (cols, 0, 0, 0)),
+        ),
+        scale=RowScale(value=given or 1.0), scale_out=scales.data.ptr,
+    )  # fmt: skip
+    assert [launch.kernel.name for launch in launched] == ["route_quantize"]
+    launched[0](cupy.cuda.get_current_stream().ptr)
+    for got, table in zip(made, want, strict=True):
+        assert_equal(got, table)
+    offsets, counts, tokens_of_rows = map(host, (want.expert_offsets, want.expert_counts, want.dst2src_map))
+    assert_equal(spans, np.stack([offsets[:-1], counts], axis=1))
+    assert_equal(tables[0], 1000 + offsets[:-1].astype(np.int64) * cols)
+    rows = int(offsets[-1])
+    assert_equal(codes[:rows], host(want_codes)[tokens_of_rows[:rows]])
+    assert bool((codes[rows:] == 0xFF).all())
+    if mode == "TENSOR":
+        assert_equal(scales[0], host(want_scale))
+    else:
+        want_rows = np.broadcast_to(host(want_scale), (tokens, 1))[tokens_of_rows[:rows]]
+        assert_equal(scales[:rows], want_rows)
+        assert bool(cupy.isnan(scales[rows:]).all())
 
 
 # ---- activation_quantize ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from gpu_cases import (
 )  # fmt: skip
 
 import cupy_moe
-from cupy_moe import launches, reference
+from cupy_moe import dispatch, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,7 @@ def test_route(experts, tokens, topk, kind, dtype, seed):
 
 @pytest.mark.parametrize(("experts", "tokens", "topk"), ROUTES)
 def test_route_without_clusters(experts, tokens, topk, seed, monkeypatch):
-    monkeypatch.setattr(launches, "ROUTE_CLUSTER", 1)
+    monkeypatch.setattr(dispatch, "ROUTE_CLUSTER", 1)
     _, ids = make_routing(seed, tokens, topk, experts, "wild", "int32")
     for got, want in zip(cupy_moe.route(ids, experts), expected(reference.route, ids, experts), strict=True):
         assert_equal(got, want)

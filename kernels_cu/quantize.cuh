@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a block quantises a token.
+//
+// Constants put in front of this text:
+//   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
+//   MODE        where the scale comes from, see quantize_shuffle
+//   VECS        vectors of eight columns per thread
+//   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
+//   WEIGHTED    the router weight multiplies the input
+//   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
+//   ALONE       TENSOR without amax_tokens: each block finds the maximum of all tokens
+
+constexpr int IN_FLIGHT = 4;  // vectors of a thread that are loaded before the first is used, where a maximum is looked for
+
+__device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) largest = fmaxf(largest, finite_magnitude(v[j]));
+    return largest;
+}
+
+// The largest finite magnitude of what thread `thread` of `threads` side by side finds in all tokens, times factor(token).
+template <typename Factor>
+__device__ __forceinline__ float max_of_tokens(const In* x, long long x_pitch, u32 tokens, int cols, u32 thread, u32 threads,
+                                               Factor factor) {
+    const u32 vectors = (cols + VECTOR - 1) / VECTOR;
+    // From one vector of a thread to its next: some tokens on, and some vectors.
+    const u32 more_tokens = threads / vectors, more_vectors = threads % vectors;
+    u32 token = thread / vectors, vector = thread % vectors;
+    float largest = 0.0f;
+    while (token < tokens) {
+        float v[IN_FLIGHT][VECTOR];
+        u32 of[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            // The last token once more behind the end: with a branch around each, loads wait for one another.
+            of[i] = min(token, tokens - 1);
+            const int col = vector * VECTOR;
+            load_vector<IN_ALIGNED>(x + of[i] * x_pitch + col, cols - col, v[i]);
+            vector += more_vectors;
+            token += more_tokens + (vector >= vectors);
+            if (vector >= vectors) vector -= vectors;
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i)
+            largest = fmaxf(largest, finite_magnitude(max_of_vector(v[i]) * factor(of[i])));
+    }
+    return largest;
+}
+
+// Where the codes of a token go, and where their scale comes from, by MODE:
+//   TENSOR      that of the maximum in partials, or of all tokens if ALONE, left in scale_out[0] too
+//   STATIC      scale_in[expert] if PER_EXPERT, else scale_in[token * scale_stride]; left in scale_out[row] if not null
+//   TOKEN       that of the row, left in scale_out[row]
+// Fp8 input is always STATIC; with WEIGHTED the router weight goes into the row's scale.
+struct Quantization {
+    const In* x;                // (tokens, cols)
+    long long x_pitch;          // elements from one token to the next
+    const float* topk_weights;  // (tokens, topk), read if WEIGHTED
+    const float* partials;      // TENSOR
+    const float* scale_in;      // STATIC; null: scale_value
+    float scale_value;
+    int scale_stride;
+    int tokens, topk, cols;
+    int out_cols;               // columns written: zeros from cols on
+    u8* out;                    // (rows, out_pitch)
+    long long out_pitch;
+    float* scale_out;
+};
+
+// A token, or a stretch of its columns (blockIdx.y) where no maximum over the token is needed: it is read once and written to
+// the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
+// and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write.
+template <typename FindRows, typename RowOf, typename ExpertOf>
+__device__ __forceinline__ void quantize_token(const Quantization& q, int token, bool first_block, bool wanted,
+                                               FindRows find_rows, RowOf row_of, ExpertOf expert_of) {
+    constexpr bool READY = sizeof(In) == 1;
+    constexpr bool CODES_PER_SLOT = (WEIGHTED || PER_EXPERT) && !READY;
+    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
+    float v[VECS][VECTOR];
+    float largest = 0.0f;
+    if constexpr (ALONE)
+        largest = max_of_tokens(q.x, q.x_pitch, q.tokens, q.cols, threadIdx.x, blockDim.x, [](u32) { return 1.0f; });
+#pragma unroll
+    for (int i = 0; i < VECS; ++i) {
+        const int col = (first + i * int(blockDim.x)) * VECTOR;
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
+        if (wanted && col < q.cols) load_vector<IN_ALIGNED>(q.x + token * q.x_pitch + col, q.cols - col, v[i]);
+        if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
+    }
+    if constexpr (MODE == TOKEN || ALONE) largest = block_max(largest);
+
+    uint2 codes[VECS];
+    const auto encode = [&](float weight, float scale) {
+        const Divisor by(scale);
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            float weighted[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) weighted[j] = v[i][j] * weight;
+            codes[i] = encode_vector(weighted, by);
+        }
+    };
+    float token_scale = 1.0f;
+    if constexpr (MODE == TOKEN) token_scale = scale_of_amax(largest);
+    if constexpr (MODE == STATIC && !PER_EXPERT)
+        token_scale = pick(q.scale_in, (long long)token * q.scale_stride, q.scale_value);
+    if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
+    find_rows();
+    // Each lane has the row of a slot, loaded before anything is waited for.
+    const auto row_of_lane = [&](int slot) {
+        slot += threadIdx.x % LANES;
+        return slot < q.topk ? row_of(slot) : -1;
+    };
+    int mine = row_of_lane(0);
+    if constexpr (MODE == TENSOR) {
+        token_scale = scale_of_amax(ALONE ? largest : max_of_partials(q.partials));
+        if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
+        if (first_block && blockIdx.y == 0 && threadIdx.x == 0) q.scale_out[0] = token_scale;
+    }
+
+    for (int slot = 0; slot < q.topk; ++slot) {
+        if (slot > 0 && slot % LANES == 0) mine = row_of_lane(slot);
+        const int row = __shfl_sync(FULL_WARP, mine, slot % LANES);
+        if (row < 0 || !wanted) continue;
+        const float weight = WEIGHTED ? q.topk_weights[(long long)token * q.topk + slot] : 1.0f;
+        float scale = token_scale;
+        if constexpr (PER_EXPERT) scale = q.scale_in[expert_of(slot, row)];
+        if constexpr (MODE == TOKEN && WEIGHTED) scale = scale_of_amax(finite_magnitude(largest * weight));
+        if constexpr (CODES_PER_SLOT) encode(weight, scale);
+        if (MODE != TENSOR && q.scale_out && blockIdx.y == 0 && threadIdx.x == 0)
+            q.scale_out[row] = READY ? scale * weight : scale;
+        u8* target = q.out + row * q.out_pitch;
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            const int col = (first + i * int(blockDim.x)) * VECTOR;
+            if (col < q.out_cols) store_codes<OUT_ALIGNED>(target + col, q.out_cols - col, codes[i]);
+        }
+    }
+}
