@@ -15,6 +15,7 @@ from benchmarks import accuracy
 from benchmarks.summary import (
     BACKENDS,
     EAGER,
+    EARLY,
     FIRST_CALL,
     INVARIANCE,
     PRECISION,
@@ -27,8 +28,9 @@ from benchmarks.summary import (
     TIMELINE,
     Cells,
     cells,
+    choice,
     disturbed,
-    invariance,
+    in_turns,
     load,
     mean,
     over_fastest,
@@ -240,16 +242,37 @@ def details() -> str:
             f"Scales per tensor, uniform routing, CUDA graph, warm L2 cache, {len(beside)} cells: those of the first "
             "two tables. The mean is the geometric one.", "", *backends_table(beside), "",
         ]  # fmt: skip
-    cost = invariance(load(INVARIANCE)["records"])
+    cost = choice(load(INVARIANCE)["records"], "batch_invariant")
     if cost:
-        kind = "Scales per token, uniform routing, CUDA graph, warm L2 cache, both measured in turns in the same run."
-        lines += ["## Batch invariance", "", f"{kind} {cost}", ""]
+        kind = "Scales per token, uniform routing, CUDA graph, warm L2 cache, in turns in one run."
+        lines += ["## Batch invariance", "", f"What `batch_invariant=True` costs. {kind} {cost}", ""]
+    lines += early()
     precision = load(PRECISION)["records"]
     if precision:
         lines += [*accuracy.section(precision), ""]
     rows = [[f"[{name}](../benchmarks/results/{name})", f"`{commit[:10]}`"] for name, commit in sources().items()]
     lines += ["## What was measured when", "", *table(["results", "commit"], rows, texts=2)]
     return "\n".join(lines).rstrip()
+
+
+def early() -> list[str]:
+    """What it brings that GEMMs ask for weights before there are rows."""
+    records = load(EARLY)["records"]
+    ratios = in_turns(records, "early_weights")
+    if not ratios:
+        return []
+    tokens = sorted({key[-1] for key in ratios})
+    rows = [
+        [named(shape), *(f"{1 - ratios[(*shape, M)]:.1%}" for M in tokens)]
+        for shape in dict.fromkeys(key[:-1] for key in ratios)
+    ]  # fmt: skip
+    return [
+        "## Weights asked for early", "",
+        "Both GEMMs of `sm90` ask for the weights of their first stages before the kernel in front of them is done. "
+        "Scales per tensor, uniform routing, CUDA graph, warm L2 cache, in turns in one run with GEMMs that wait. "
+        f"{choice(records, 'early_weights')} What it saves of the time without it:", "",
+        *table(["E, topk, K, N", *(f"M = {M}" for M in tokens)], rows), "",
+    ]  # fmt: skip
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h100.json", "sweep_h100.json"
 SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
-PRECISION, INVARIANCE = "precision_h100.json", "invariance_h100.json"
+PRECISION, INVARIANCE, EARLY = "precision_h100.json", "invariance_h100.json", "early_h100.json"
 
 DISTURBED = 1.25
 """Replays of a graph take the same time again: a median so many times the minimum is not that of the call alone."""
@@ -96,18 +96,21 @@ def over_floor(of: Cells, name: str = "cupy_moe") -> dict[tuple[int, ...], float
     return {key: record["us"] / record["floor_us"] for key, record in own.items()}
 
 
-def invariance(records: list[dict[str, Any]]) -> str:
-    """What `batch_invariant` costs, in a sentence or two; nothing where nothing was measured."""
-    pairs: dict[tuple[int, ...], dict[bool, dict[str, Any]]] = {}
-    for record in records:
-        pairs.setdefault((*record["shape"], record["M"]), {})[record["batch_invariant"]] = record
-    if not pairs:
+def in_turns(records: list[dict[str, Any]], choice: str) -> dict[tuple[int, ...], float]:
+    """Time with a ``choice`` over the time without it, cell by cell."""
+    us = {(*record["shape"], record["M"], record[choice]): record["us"] for record in records}
+    return {key[:-1]: with_it / us[(*key[:-1], False)] for key, with_it in us.items() if key[-1]}
+
+
+def choice(records: list[dict[str, Any]], name: str) -> str:
+    """What a choice costs or brings, in a sentence or two; nothing where nothing was measured."""
+    ratios = in_turns(records, name).values()
+    if not ratios:
         return ""
-    ratios = [pair[True]["us"] / pair[False]["us"] for pair in pairs.values()]
     spread = median((record["us_max"] - record["us_min"]) / record["us"] for record in records)
-    same = sum(pair[True]["same_bits"] for pair in pairs.values())
+    same = sum(record["same_bits"] for record in records if record[name])
     return (
-        f"With `batch_invariant=True` a call takes {mean(ratios):.3f} times as long as without it (geometric mean of "
+        f"With it a call takes {mean(ratios):.3f} times as long as without it (geometric mean of "
         f"{len(ratios)} cells, from {min(ratios):.3f} to {max(ratios):.3f}). The slowest and the fastest round of one "
-        f"timing differ by {spread:.1%} in the median. In {same} of {len(pairs)} cells both have the same bits."
+        f"timing differ by {spread:.1%} in the median. In {same} of {len(ratios)} cells both have the same bits."
     )

@@ -14,6 +14,8 @@ CHANNELS, THREADS, STEP = 128, 384, 128
 """Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_sm90.cu``."""
 SHARED_BYTES = 227 << 10
 """What a block can have of shared memory."""
+EARLY = 4
+"""Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
 MOST_SCALED_ROWS = 192
 """With more, the registers of a block without a cluster do not hold the scales of its rows beside their sums."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
@@ -90,8 +92,8 @@ def grouped_gemm(
     if end.x_scale.row_stride and tile.rows > MOST_SCALED_ROWS:
         tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
-        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages, CLUSTER=tile.cluster,
-        WINDOW=tile.window, **tiles.constants(end, out),
+        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages,
+        EARLY=min(EARLY, tile.stages), CLUSTER=tile.cluster, WINDOW=tile.window, **tiles.constants(end, out),
     )
     channel_tiles = -(-weights.n // (CHANNELS * tile.cluster))
     most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles

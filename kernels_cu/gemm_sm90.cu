@@ -13,6 +13,7 @@
 // Constants put in front of this text:
 //   ROWS        rows of activations per tile: N of wgmma
 //   STAGES      stages in shared memory
+//   EARLY       of these, whose weights are asked for before there are rows
 //   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
 //               for all
 //   WINDOW      stages whose products the tensor cores add up, before float32 does
@@ -35,8 +36,6 @@ constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one bu
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiprocessor
-// Stages of weights that are asked for before there are rows. More would only delay what the kernels in front load.
-constexpr int EARLY = STAGES < 4 ? STAGES : 4;
 constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");

@@ -10,11 +10,11 @@ import pytest
 from test_compile import FakeKernel
 
 import cupy_moe
-from cupy_moe import compiler, dispatch, gemms, launches
+from cupy_moe import compiler, dispatch, gemms, launches, sm90
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import cases, expected, invariance, records, step_cases, steps, table, timing  # noqa: E402
+from benchmarks import cases, choices, early, expected, invariance, records, step_cases, steps, table, timing  # noqa: E402
 
 SHAPE = (6, 3, 128, 96)
 
@@ -145,9 +145,21 @@ def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
     ]  # fmt: skip
     assert all(record["us"] == 10 and record["err"] < 1e-2 for record in content["records"])
     assert "1.000 times as long as without it (geometric mean of 2 cells" in capsys.readouterr().out
-    monkeypatch.setitem(invariance.ERROR_LIMITS, "cupy_moe", 0)
+    monkeypatch.setitem(choices.ERROR_LIMITS, "cupy_moe", 0)
     assert invariance.main(["--out", str(out)]) == 1
     assert len(json.loads(out.read_text())["failures"]) == 2
+
+
+def test_early(no_clock, monkeypatch, tmp_path, capsys):
+    out, seen, call = tmp_path / "early.json", [], cupy_moe.Experts.__call__
+    monkeypatch.setattr(timing, "fitting_replays", lambda call: 1)
+    monkeypatch.setattr(cupy_moe.Experts, "__call__", lambda *args: (seen.append(sm90.EARLY), call(*args))[1])
+    assert early.main(["--backend", "reference", "--out", str(out), "--commit", "0" * 40]) == 0
+    content = json.loads(out.read_text())
+    assert [(record["M"], record["early_weights"]) for record in content["records"]] == [(5, False), (5, True)]
+    assert list(dict.fromkeys(seen)) == [0, 4]
+    assert sm90.EARLY == 4
+    assert "geometric mean of 1 cells" in capsys.readouterr().out
 
 
 def test_rounds_take_turns(monkeypatch):

@@ -224,7 +224,7 @@ VALUES = {
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES},
-        "STAGES": {tile.stages for tile in sm90.TILES}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
+        "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
     },

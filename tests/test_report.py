@@ -88,6 +88,10 @@ def more_results(monkeypatch, tmp_path):
         {**record, "batch_invariant": option, "same_bits": True, "us": (1 + option / 100) * record["us"]}
         for record in ours for option in (False, True)
     ])  # fmt: skip
+    save(summary.EARLY, [
+        {**record, "early_weights": option, "same_bits": True, "us": (1 - option / 50) * record["us"]}
+        for record in plain if record["impl"] == "cupy_moe" and record["M"] <= 64 for option in (False, True)
+    ])  # fmt: skip
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
 
 
@@ -125,6 +129,8 @@ def test_report_of_everything(more_results):
     assert "In brackets, where these are more than 16 MB, in percent of the rate of a copy of as many bytes" in more
     assert "starts while the one in front of it still runs, which is" in more
     assert "a call takes 1.010 times as long as without it (geometric mean of 45 cells, from 1.010 to 1.010)" in more
+    assert "a call takes 0.980 times as long as without it (geometric mean of " in more
+    assert "| 32, 8, 1024, 1024 | 2.0% | 2.0% |" in more
     assert "In 45 of 45 cells both have the same bits." in more
     assert re.search(r"\| `sm90` \| \d \| 1.00 \| 1.00 \|\n\| `mma` \| 0 \| 1.50 \| 1.50 \|", more)
 
