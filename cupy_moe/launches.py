@@ -160,11 +160,14 @@ def combine(
     """``combine``; ``src2dst`` of 0 takes row ``t`` for token ``t``, ``topk_weights`` of 0 weighs each row by 1."""
     # All tokens of a stretch run one after another: the scales of its columns stay in the L1 cache.
     grid = grids.stretches(cols, grids.NARROW_THREADS if w_scale.per_channel else grids.STRETCH_THREADS)
+    # With scales or bias for each column a slot takes more registers, and with many tokens more blocks are worth more.
+    heavy = w_scale.per_channel or bias.pointer
+    most = 2 if heavy and tokens >= grids.MANY_ROWS else 16 // x.itemsize
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
         Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,
         IN_ALIGNED=x.aligned(cols) and _columns_aligned(cols, w_scale, bias), OUT_ALIGNED=out.aligned(cols),
-        PER_CHANNEL=w_scale.per_channel,
+        PER_CHANNEL=w_scale.per_channel, MOST=most,
     )
     return Launch(
         kernel, (tokens, grid.stretches), grid.threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,

@@ -10,9 +10,8 @@
 //   TOPK        slots per token
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
+//   MOST        slots whose loads are on their way together
 
-// Slots whose loads are on their way together.
-constexpr int MOST = 16 / sizeof(In);
 constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;
 
 struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead

@@ -10,8 +10,6 @@
 //   PER_EXPERT  STATIC: one scale per expert instead of per tensor or token
 //   ALONE       TENSOR without amax_tokens: each block finds the maximum of all tokens
 
-constexpr int IN_FLIGHT = 4;  // vectors of a thread that are loaded before the first is used, where a maximum is looked for
-
 __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
     float largest = 0.0f;
 #pragma unroll
@@ -23,6 +21,7 @@ __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
 template <typename Factor>
 __device__ __forceinline__ float max_of_tokens(const In* x, long long x_pitch, u32 tokens, int cols, u32 thread, u32 threads,
                                                Factor factor) {
+    constexpr int IN_FLIGHT = 4;  // vectors of a thread that are loaded before the first is used
     const u32 vectors = (cols + VECTOR - 1) / VECTOR;
     // From one vector of a thread to its next: some tokens on, and some vectors.
     const u32 more_tokens = threads / vectors, more_vectors = threads % vectors;

@@ -119,11 +119,11 @@ def grouped_gemm(
     )  # fmt: skip
 
 
-def combine(dtype, out_dtype, topk, aligned, bias, per_channel):
+def combine(dtype, out_dtype, topk, aligned, bias, per_channel, tokens):
     x, out = matrix(dtype, 4096, aligned[0]), matrix(out_dtype, 4096, aligned[1])
     w_scale = WeightScale(ADDRESS, 4096, per_channel=per_channel)
     return lambda: launches.combine(
-        0, x, 9, 9, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale, bias=Bias(ADDRESS, bias),
+        0, x, 9, tokens, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale, bias=Bias(ADDRESS, bias),
         src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ def calls():
     ]
     made += [activate("silu", "float16", "TOKEN", ALIGNED[0], "None", True, rows=r, cols=c) for r, c in ROWS_TO_SCAN]
     made += [
-        combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2))
+        combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2), (9, 2000)[i // 3 % 2])
         for i, (x, y) in enumerate(itertools.product(FLOATS, FLOATS))
     ]
     made += [lambda n=n: launches.shuffle_rows(0, ADDRESS, 48 * n, 9, ADDRESS, 18, 32 * n + n, ADDRESS)
@@ -220,7 +220,7 @@ VALUES = {
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
-        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
+        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8},
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES},
