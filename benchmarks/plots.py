@@ -70,7 +70,7 @@ def draw_speedup(figure: Figure) -> None:
     panels[-1].set_xlabel("tokens M, by layer (E, topk, K, N)")
     scale = matplotlib.cm.ScalarMappable(norm, colours)
     bar = figure.colorbar(scale, ax=panels, aspect=30, pad=0.02)
-    steps = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5)
+    steps = (0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.5)
     ticks = [value for value in steps if abs(math.log2(value)) <= furthest]
     bar.set_ticks([math.log2(value) for value in ticks], labels=[f"{value:.1f}" for value in ticks])
     bar.outline.set_visible(False)

@@ -210,8 +210,9 @@ def details() -> str:
     lines += [
         "## Time over the floor", "", "![Time over the floor against M](images/floor.png)", "",
         "## Where the time goes", "",
-        "Microseconds by the profiler, without the gaps between kernels. \"quantize\" is two kernels where one dynamic "
-        "scale serves the tensor; \"activation\" is what stands between the two GEMMs. " + waits, "",
+        "Microseconds by the profiler, without the gaps between kernels. \"route\" has the quantisation with it where "
+        "one launch does both; \"quantize\" is two kernels where one dynamic scale serves a tensor that is not small; "
+        "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
     ]  # fmt: skip
     steps = load(STEPS)
