@@ -3,7 +3,7 @@
 //
 // Constants put in front of this text:
 //   In          Half | Bfloat16 | float | Fp8 (codes pass through unchanged, only scales are made)
-//   MODE        where the scale comes from, see quantize_shuffle
+//   MODE        where the scale comes from, see Quantization
 //   VECS        vectors of eight columns per thread
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   WEIGHTED    the router weight multiplies the input
