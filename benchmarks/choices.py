@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,12 +48,12 @@ class Layers:
             ) for chosen in (False, True)
         ]  # fmt: skip
 
-    def measure(self, shape: cases.Shape, inputs: cases.Inputs) -> list[dict[str, Any]]:
+    def measure(self, shape: cases.Shape, inputs: cases.Inputs, rates: dict[str, float]) -> list[dict[str, Any]]:
         """One record for each; ValueError if a result is wrong."""
+        M, active = len(inputs.topk_ids), cases.active_experts(inputs.topk_ids)
         graphs, results = [], []
         for chosen, one in zip((False, True), self.experts, strict=True):
-            with ExitStack() as stack:
-                stack.enter_context(self.choice.during(chosen))
+            with self.choice.during(chosen):
                 graph, result = timing.capture(
                     lambda one=one: one(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
                 )
@@ -67,8 +67,9 @@ class Layers:
         calls = [graph.replay for graph in graphs]
         times = timing.time_in_turns(calls, replays=timing.fitting_replays(calls[0]))
         common = {
-            "impl": "cupy_moe", "shape": list(shape), "M": len(inputs.topk_ids), "scheme": self.choice.scheme,
-            "routing": inputs.routing, "mode": "graph", "l2": "warm", "same_bits": same,
+            "impl": "cupy_moe", "shape": list(shape), "M": M, "scheme": self.choice.scheme, "routing": inputs.routing,
+            "mode": "graph", "l2": "warm", "same_bits": same,
+            "floor_us": cases.floor_us(shape, M, active, rates["read_bytes_s"], rates["fp8_flop_s"]),
         }  # fmt: skip
         return [
             {**common, self.choice.name: chosen, "backend": experts.backend, "err": error, **asdict(timed)}
@@ -94,7 +95,8 @@ def run(
         layers = Layers(choice, weights, options.backend)
         for M in (M for M in tokens if most_tokens is None or most_tokens >= M):
             try:
-                made = layers.measure(shape, cases.make_inputs(shape, M, choice.scheme, weights=weights))
+                inputs = cases.make_inputs(shape, M, choice.scheme, weights=weights)
+                made = layers.measure(shape, inputs, header["rates"])
             except ValueError as error:
                 failures.append({"where": [*shape, M], "reason": str(error)})
                 print(*shape, "M", M, error, file=sys.stderr)

@@ -144,6 +144,7 @@ def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
         (5, False), (5, True), (600, False), (600, True)
     ]  # fmt: skip
     assert all(record["us"] == 10 and record["err"] < 1e-2 for record in content["records"])
+    assert all(0 < record["floor_us"] < 10 for record in content["records"])
     assert "1.000 times as long as without it (geometric mean of 2 cells" in capsys.readouterr().out
     monkeypatch.setitem(choices.ERROR_LIMITS, "cupy_moe", 0)
     assert invariance.main(["--out", str(out)]) == 1

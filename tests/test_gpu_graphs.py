@@ -154,7 +154,8 @@ def test_a_call_is_kernels_only(mode, tokens, seed):
     experts(hidden, *call, out)
     graph, _ = capture(lambda: experts(hidden, *call, out))
     types = node_types(graph)
-    assert len(types) >= 4  # routing with the quantisation, GEMM 1, GEMM 2, combine
+    # Few tokens are routed while they are quantised, and with a static scale GEMM 1 may leave the codes for GEMM 2.
+    assert len(types) >= (4 if (tokens, mode) == (3, "static") else 5)
     assert set(types) <= ON_DEVICE
     batch, counts = normal(seed, (6, 9, 128)), cupy.asarray([1, 2, 3, 4, 9, 0], np.int32)
     experts.batched(batch, counts)

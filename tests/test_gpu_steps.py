@@ -21,7 +21,7 @@ from gpu_cases import (
 )  # fmt: skip
 
 import cupy_moe
-from cupy_moe import dispatch, reference
+from cupy_moe import dispatch, grids, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -136,9 +136,10 @@ COMBINES = (
 @pytest.mark.parametrize(("dtype", "out_dtype", "topk"), COMBINES)
 @pytest.mark.parametrize("cols", [2048, 77])
 @pytest.mark.parametrize("w_kind", [None, "(E, 1)", "(E, n)"])
-def test_combine(dtype, out_dtype, topk, cols, w_kind, seed):
+@pytest.mark.parametrize("tokens", [40, grids.MANY_ROWS + 3])
+def test_combine(tokens, dtype, out_dtype, topk, cols, w_kind, seed):
     rng = np.random.default_rng(seed)
-    tokens, experts = 40, 6
+    experts = 6
     weights, ids = make_routing(seed, tokens, topk, experts, "wild")
     routing = cupy_moe.route(ids, experts)
     routing.src2dst_map[routing.src2dst_map == 0] = -1
