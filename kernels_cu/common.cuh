@@ -296,13 +296,20 @@ __device__ __forceinline__ float block_max(float magnitude) {
 // takes the largest of those. Nothing has to be zeroed first, and no order matters.
 constexpr int PARTIALS = 256;  // blocks of the first kernel
 
+// One warp reads for the block, all of whose threads call it: 64 warps of a multiprocessor at once would wait for one another.
 __device__ __forceinline__ float max_of_partials(const float* partials) {
-    const float4* mine = reinterpret_cast<const float4*>(partials) + threadIdx.x % LANES;
-    float x = 0.0f;
+    __shared__ float of_all;
+    if (threadIdx.x < LANES) {
+        const float4* mine = reinterpret_cast<const float4*>(partials) + threadIdx.x;
+        float x = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PARTIALS / 4; i += LANES) {
-        const float4 four = mine[i];
-        x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+        for (int i = 0; i < PARTIALS / 4; i += LANES) {
+            const float4 four = mine[i];
+            x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+        }
+        x = warp_max(x);
+        if (threadIdx.x == 0) of_all = x;
     }
-    return warp_max(x);
+    __syncthreads();
+    return of_all;
 }
