@@ -76,23 +76,12 @@ __device__ __forceinline__ void place_pairs(const Shape& shape, int begin, int e
     });
 }
 
-// Where routing writes, beside the spans.
-struct Results { int *expert_offsets, *expert_counts, *dst2src_map, *src2dst_map, *row_experts; };
-
 // From the counts of all blocks to everything that depends on them: `first` holds how many pairs of each expert come before
-// the block's, and becomes the rows of those. Block 0 writes what belongs to the experts.
+// the block's, and becomes the rows of those.
 __device__ __forceinline__ void place(const Shape& shape, int begin, int end, int* first, const int* of_all, int blocks,
                                       const Results& to, const Tables& tables, Span* spans) {
-    const int total = place_experts(shape.experts, of_all, [&](int expert, int row, int count) {
-        first[expert] += row;
-        if (blockIdx.x > 0) return;
-        to.expert_offsets[expert] = row;
-        write_expert(expert, shape.experts, row, count, spans, to.expert_counts, tables);
-    });
-    if (blockIdx.x == 0 && threadIdx.x == 0) to.expert_offsets[shape.experts] = total;
+    place_experts(shape, of_all, blocks, to, tables, spans, [&](int expert, int row) { first[expert] += row; });
     place_pairs(shape, begin, end, first, to.dst2src_map, to.src2dst_map, to.row_experts);
-    clear_tail(blockIdx.x * blockDim.x + threadIdx.x, blocks * blockDim.x, total, shape.pairs, to.dst2src_map,
-               to.row_experts);
 }
 
 #if __CUDA_ARCH__ >= 900

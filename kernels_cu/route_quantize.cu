@@ -5,19 +5,12 @@
 
 extern __shared__ int counts[];  // of the experts, in the first block
 
-// What belongs to the experts. This thread's pair is one of `expert`, or of none.
-__device__ __forceinline__ void place_experts_of_pairs(const Shape& shape, int expert, int* expert_offsets, int* expert_counts,
-                                                       int* dst2src_map, int* row_experts, const Tables& tables, Span* spans) {
-    for (int i = threadIdx.x; i < shape.experts; i += blockDim.x) counts[i] = 0;
+// The counts of the experts. This thread's pair is one of `expert`, or of none.
+__device__ __forceinline__ void count_experts(int experts, int expert) {
+    for (int i = threadIdx.x; i < experts; i += blockDim.x) counts[i] = 0;
     __syncthreads();
     if (expert >= 0) atomicAdd(counts + expert, 1);
     __syncthreads();
-    const int total = place_experts(shape.experts, counts, [&](int i, int row, int count) {
-        expert_offsets[i] = row;
-        write_expert(i, shape.experts, row, count, spans, expert_counts, tables);
-    });
-    if (threadIdx.x == 0) expert_offsets[shape.experts] = total;
-    clear_tail(threadIdx.x, blockDim.x, total, shape.pairs, dst2src_map, row_experts);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) route_quantize(
@@ -34,7 +27,9 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) route_quantize(
     const int pair = threadIdx.x, expert = pair < pairs ? local_expert(shape, pair) : -1;
     if (routes) {
         start_kernels_behind();
-        place_experts_of_pairs(shape, expert, expert_offsets, expert_counts, dst2src_map, row_experts, tables, spans);
+        count_experts(experts, expert);
+        const Results to = {expert_offsets, expert_counts, dst2src_map, src2dst_map, row_experts};
+        place_experts(shape, counts, 1, to, tables, spans, [](int, int) {});
         return;
     }
     // The order of the keys is that of the rows.

@@ -35,7 +35,7 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
 }
 
 // The kernels behind may start once the spans are unknown again: none of them takes those of an earlier call for this one's.
-// The last warp sees to that, which has no pairs: what it waits for, no other does.
+// The last warp sees to that, which has no pairs if there is room: what it waits for, no other does.
 __device__ __forceinline__ bool is_last_warp() { return threadIdx.x / LANES == blockDim.x / LANES - 1; }
 __device__ __forceinline__ void forget_spans(Span* spans, int first, int end) {
     only_wait_for_previous_kernel();
@@ -64,6 +64,9 @@ __device__ __forceinline__ int block_exclusive_sum(int x, int& carry) {
     return result;
 }
 
+// Where routing writes, beside the spans and tables.
+struct Results { int *expert_offsets, *expert_counts, *dst2src_map, *src2dst_map, *row_experts; };
+
 __device__ __forceinline__ void write_expert(int expert, int experts, int row, int count, Span* spans, int* expert_counts,
                                              const Tables& tables) {
     if (spans) store_span(spans + expert, {row, count});
@@ -73,21 +76,23 @@ __device__ __forceinline__ void write_expert(int expert, int experts, int row, i
         if (tables.base[i]) tables.pointers[i * experts + expert] = (long long)(tables.base[i] + row * tables.pitch[i]);
 }
 
-// Calls visit(expert, its first row, its count) for each expert, by one thread; returns the number of rows. Every thread of
-// the block calls this, and has to have written its counts before.
+// What belongs to the experts, by block 0 of `blocks`, and the rows behind the last valid one, by all of them. Each expert's
+// first row is told to visit(expert, row), by one thread. All threads of a block call this; their counts are written.
 template <typename Visit>
-__device__ __forceinline__ int place_experts(int experts, const int* counts, Visit visit) {
+__device__ __forceinline__ void place_experts(const Shape& shape, const int* counts, int blocks, const Results& to,
+                                              const Tables& tables, Span* spans, Visit visit) {
     int total = 0;
-    for (int base = 0; base < experts; base += blockDim.x) {
-        const int expert = base + threadIdx.x, count = expert < experts ? counts[expert] : 0;
+    for (int base = 0; base < shape.experts; base += blockDim.x) {
+        const int expert = base + threadIdx.x, count = expert < shape.experts ? counts[expert] : 0;
         const int row = block_exclusive_sum(count, total);
-        if (expert < experts) visit(expert, row, count);
+        if (expert >= shape.experts) continue;
+        visit(expert, row);
+        if (blockIdx.x > 0) continue;
+        to.expert_offsets[expert] = row;
+        write_expert(expert, shape.experts, row, count, spans, to.expert_counts, tables);
     }
     __syncthreads();
-    return total;
-}
-
-// Rows past the last valid one.
-__device__ __forceinline__ void clear_tail(int first, int step, int begin, int pairs, int* dst2src_map, int* row_experts) {
-    for (int i = begin + first; i < pairs; i += step) dst2src_map[i] = row_experts[i] = -1;
+    if (blockIdx.x == 0 && threadIdx.x == 0) to.expert_offsets[shape.experts] = total;
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int i = total + thread; i < shape.pairs; i += blocks * blockDim.x) to.dst2src_map[i] = to.row_experts[i] = -1;
 }
