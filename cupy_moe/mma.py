@@ -26,20 +26,7 @@ class Tile(NamedTuple):
 
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
-        return self.stages * self._stage_bytes + _schedule_bytes(experts)
-
-    def fitting(self, experts: int) -> Tile:
-        """The tile with as many stages as the schedule of ``experts`` experts leaves room for."""
-        room = (SHARED_BYTES - _schedule_bytes(experts)) // self._stage_bytes
-        return self._replace(stages=max(2, min(self.stages, room)))
-
-    @property
-    def _stage_bytes(self) -> int:
-        return STEP * (CHANNELS + self.rows)
-
-
-def _schedule_bytes(experts: int) -> int:
-    return 16 * (experts + 1)
+        return self.stages * STEP * (CHANNELS + self.rows) + 16 * (experts + 1)
 
 
 PREFERRED = (
@@ -61,7 +48,7 @@ def grouped_gemm(
     ``fp8``: whether the tensor cores multiply the codes themselves or float16 made of them; None is what the device
     can.
     """
-    tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
+    tile = tiles.fitting(tile or tile_for(device, weights, rows), weights.experts, SHARED_BYTES)
     kernel = compiler.kernel(
         "gemm_mma.cu", "grouped_gemm_mma", device, ROWS=tile.rows, STAGES=tile.stages,
         FP8=backend.capability_of(device) >= FP8_CAPABILITY if fp8 is None else fp8, **tiles.constants(end, out),

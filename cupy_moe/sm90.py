@@ -38,13 +38,6 @@ class Tile(NamedTuple):
         stage = STEP * (CHANNELS + self.rows) + _RING_BYTES
         return _SWIZZLE_BYTES + self.stages * stage + (experts + 2) * _ENTRY_BYTES
 
-    def fitting(self, experts: int) -> Tile:
-        """The tile with as many stages as the schedule of ``experts`` experts leaves room for."""
-        stages = self.stages
-        while stages > 2 and self._replace(stages=stages).shared_bytes(experts) > SHARED_BYTES:
-            stages -= 1
-        return self._replace(stages=stages)
-
 
 PREFERRED = (
     Preference(5, Tile(16, 7)),
@@ -86,7 +79,7 @@ def grouped_gemm(
     device: int, weights: Weights, x: Matrix, rows: int, groups: Groups, out: Matrix, end: End, tile: Tile | None = None
 ) -> Launch:
     """The launch that multiplies ``rows`` rows (an upper bound) of codes ``x`` into ``out``."""
-    tile = (tile or tile_for(device, weights, rows)).fitting(weights.experts)
+    tile = tiles.fitting(tile or tile_for(device, weights, rows), weights.experts, SHARED_BYTES)
     if weights.batch_invariant:  # every tile adds in the same order
         tile = tile._replace(window=1)
     if end.x_scale.row_stride and tile.rows > MOST_SCALED_ROWS:

@@ -19,10 +19,26 @@ class Tile(Protocol):
     def rows(self) -> int:
         """Rows of activations."""
 
+    @property
+    def stages(self) -> int:
+        """Stages in shared memory."""
+
+    def shared_bytes(self, experts: int) -> int:
+        """Dynamic shared memory of a block: the stages and the schedule of ``experts`` experts."""
+
     def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self, *, stages: int) -> Any: ...
 
 
 T = TypeVar("T", bound=Tile)
+
+
+def fitting(tile: T, experts: int, shared_bytes: int) -> T:
+    """The tile with as many stages, two at least, as fit into ``shared_bytes`` beside the schedule."""
+    while tile.stages > 2 and tile.shared_bytes(experts) > shared_bytes:
+        tile = tile._replace(stages=tile.stages - 1)
+    return tile
 
 
 class Preference(NamedTuple):

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 import kernels_cu
-from cupy_moe import arrays, backend, mma, sm90, tuning
+from cupy_moe import arrays, backend, mma, sm90, tiles, tuning
 from cupy_moe.sm90 import Weights
 from cupy_moe.tuning import Cache
 
@@ -39,7 +39,7 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tile.rows % multiple == 0
         assert multiple <= tile.rows <= most
         assert tile.shared_bytes(experts) <= kernel.SHARED_BYTES
-        assert tile.fitting(experts) == tile
+        assert tiles.fitting(tile, experts, kernel.SHARED_BYTES) == tile
     for tile in sm90.TILES:
         assert tile.cluster in (1, 2)
         assert tile.window in (1, 2)
@@ -62,7 +62,7 @@ def test_one_block_to_a_multiprocessor():
 def test_many_experts_leave_room_for_fewer_stages(name, experts):
     kernel = KERNELS[name][0]
     for tile in kernel.TILES:
-        fitting = tile.fitting(experts)
+        fitting = tiles.fitting(tile, experts, kernel.SHARED_BYTES)
         assert fitting.rows == tile.rows
         assert 2 <= fitting.stages <= tile.stages
         assert fitting.shared_bytes(experts) <= kernel.SHARED_BYTES
