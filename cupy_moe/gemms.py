@@ -55,6 +55,8 @@ def a_scaling(layer: Layer, buffers: Buffers) -> tuple[str, RowScale, int, RowSc
 class CublasltGemms:
     """GEMM 1 of cuBLASLt, a kernel for activation and quantisation, GEMM 2 of cuBLASLt."""
 
+    reads_pointers: ClassVar[bool] = True
+
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         context = backend.cublaslt_context(layer.device)
         counts, experts = layer.expert_counts.data.ptr, layer.spec.num_experts
@@ -103,6 +105,7 @@ class OwnGemms:
 
     kernel: ClassVar[ModuleType]  # what prepares it
     can_pack: ClassVar[bool]  # whether every tile has whole groups of rows
+    reads_pointers: ClassVar[bool] = False  # it takes the rows of each expert from the spans
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts

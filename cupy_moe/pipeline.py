@@ -206,10 +206,12 @@ class Plan:
         layer, shape, buffers = self.layer, self.shape, self.buffers
         maps, experts = buffers.maps, layer.spec.num_experts
         operands = (buffers.x, buffers.inner, buffers.a, buffers.y)
-        tables = Tables(
-            layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
-            tuple(matrix.pitch * matrix.itemsize for matrix in operands),
-        )
+        tables = Tables()
+        if layer.gemms.reads_pointers:
+            tables = Tables(
+                layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
+                tuple(matrix.pitch * matrix.itemsize for matrix in operands),
+            )
         if shape.max_tokens:
             route = dispatch.route_padded(layer.device, 0, shape.id_dtype, experts, shape.max_tokens, maps, tables)
             return [route], {"topk": 1, "src2dst": maps.src2dst, "row_experts": maps.row_experts}
