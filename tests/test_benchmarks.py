@@ -116,6 +116,16 @@ def no_clock(monkeypatch):
     monkeypatch.setattr(timing, "clocks", lambda: {"driver_version": "none"})
 
 
+def test_a_wrong_result_is_not_timed(no_clock, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(table.ERROR_LIMITS, "cupy_moe", 0)
+    out = tmp_path / "table.json"
+    assert table.main(["--impls", "cupy_moe", "--modes", "graph,eager", "--out", str(out), "--commit", "0" * 40]) == 1
+    content = json.loads(out.read_text())
+    assert len(content["failures"]) == 4
+    assert all("is above" in failure["reason"] for failure in content["failures"])
+    assert not content["records"]
+
+
 def test_table(no_clock, tmp_path, capsys):
     out = tmp_path / "table.json"
     asked = "--schemes tensor,token --routing uniform,skewed --modes graph,eager --l2 warm,cold --backends auto,none"
