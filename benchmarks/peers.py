@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Inputs, Weights, scheme_of
-from benchmarks.expected import quantize
+from benchmarks.expected import largest_activation, quantize
 
 LIBRARIES = ("_C_stable_libtorch.abi3.so", "_moe_C.abi3.so")
 
@@ -257,8 +257,8 @@ class TorchGroupedGemms:
         self._b2_scale = weights.w2_scale.reshape(experts, -1).expand(experts, k).contiguous()
         self._operands: list[tuple[torch.Tensor, ...]] = []
 
-    def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scale = quantize(x, self._per_token)
+    def _quantize(self, x: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = quantize(x, self._per_token, amax)
         return codes, scale.reshape(-1).expand(x.shape[0]).contiguous()
 
     def _multiply(self, a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,9 @@ class TorchGroupedGemms:
         first = (codes, self._b1, scale[source].contiguous(), self._b1_scale)
         product = self._multiply(*first).float()
         activated = torch.nn.functional.silu(product[:, : self._n]) * product[:, self._n :]
-        activated_codes, activated_scale = self._quantize(activated)
+        # One scale for all is that of the definition: the maximum of bfloat16 products moves the codes of all rows.
+        amax = None if self._per_token else largest_activation(inputs)
+        activated_codes, activated_scale = self._quantize(activated, amax)
         self._operands = [first, (activated_codes, self._b2, activated_scale, self._b2_scale)]
 
     def __call__(self) -> torch.Tensor:
