@@ -23,52 +23,33 @@ from benchmarks.summary import (
     ROOT,
     SKEWED,
     STEPS,
+    SUSTAINED,
     SWEEP,
     TABLE,
     TIMELINE,
-    Cells,
     cells,
     choice,
     disturbed,
     in_turns,
     load,
     mean,
-    over_fastest,
     over_floor,
     sources,
     speedups,
 )
+from benchmarks.tables import (
+    backends_table,
+    cells_table,
+    named,
+    named_cell,
+    parts_table,
+    speed_table,
+    steps_table,
+    sustained_table,
+    table,
+)
 
 BEGIN, END = "<!-- speed: python -m benchmarks.report -->", "<!-- end of speed -->"
-SHOWN = (1, 8, 64, 512, 4096)
-KINDS = {"cold L2": {"l2": "cold"}, "skewed routing": {"routing": "skewed"}, "scales per token": {"scheme": "token"}}
-"""What differs from the plain kind: scales per tensor, uniform routing, CUDA graph, warm L2."""
-
-
-def table(titles: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
-    """Lines of a table whose first ``texts`` columns are no numbers."""
-    rule = ["---"] * texts + ["--:"] * (len(titles) - texts)
-    return [f"| {' | '.join(row)} |" for row in (titles, rule, *rows)]
-
-
-def named(shape: Any) -> str:
-    """E, topk, K, N."""
-    return ", ".join(map(str, shape))
-
-
-def speed_table(of: Cells) -> list[str]:
-    """A line for each layer: microseconds of cupy_moe, and of vLLM in brackets."""
-    shapes = dict.fromkeys(key[:4] for key in of)
-    shown = [tokens for tokens in SHOWN if all((*shape, tokens) in of for shape in shapes)]
-
-    def text(cell: dict[str, dict[str, Any]]) -> str:
-        theirs = f" ({cell['vllm']['us']:.0f})" if "vllm" in cell else ""
-        return f"{cell['cupy_moe']['us']:.0f}{theirs}"
-
-    rows = [[named(shape), *(text(of[(*shape, tokens)]) for tokens in shown)] for shape in shapes]
-    return table(["E, topk, K, N", *(f"M = {tokens}" for tokens in shown)], rows)
-
-
 def comparisons() -> list[str]:
     """A line for each group of cells: how cupy_moe stands to vLLM and to the floor; and what is not among them."""
     groups = [("45 cells", TABLE, "uniform", "warm"), ("45 cells", TABLE, "uniform", "cold")]
@@ -90,7 +71,7 @@ def comparisons() -> list[str]:
 def _left_out(record: dict[str, Any]) -> str:
     kind = f"{record['routing']} routing, {record['l2']} L2 cache, scales per {record['scheme']}"
     return (
-        f"\nLeft out of its mean: {_size(record)}, {kind}, where something disturbed {record['impl']} "
+        f"\nLeft out of its mean: {named_cell(record)}, {kind}, where something disturbed {record['impl']} "
         f"({record['us']:.0f} us in the median, {record['us_min']:.0f} us at least)."
     )
 
@@ -134,65 +115,6 @@ def remarks() -> list[str]:
     ]
 
 
-def cells_table(*names: str) -> list[str]:
-    """All cells of these files: the plain kind in full, of the others the time relative to vLLM."""
-    plain = cells(*names)
-    ratios = {"vLLM / cupy_moe": speedups(plain)}
-    ratios |= {kind: speedups(cells(*names, **options)) for kind, options in KINDS.items()}
-    ratios = {title: of for title, of in ratios.items() if of}
-    columns = list(dict.fromkeys(column for cell in plain.values() for column in cell))
-    over = over_floor(plain)
-    rows = []
-    for key, cell in plain.items():
-        times = (f"{cell[column]['us']:.1f}" if column in cell else "-" for column in columns)
-        shares = (f"{of[key]:.2f}" if key in of else "-" for of in ratios.values())
-        ours = cell["cupy_moe"]
-        floor = f"{ours['floor_us']:.1f}", f"{over[key]:.2f}" if key in over else "-"
-        rows.append([named(key[:4]), str(key[4]), *times, *shares, *floor, f"{ours['err']:.1e}"])
-    impls = {"vllm": "vLLM", "torch": "torch (the two GEMMs alone)"}
-    titles = [f"{impls.get(column, column)} us" for column in columns]
-    return table(["E, topk, K, N", "M", *titles, *ratios, "floor us", "cupy_moe / floor", "error"], rows)
-
-
-def parts_table() -> list[str]:
-    """The parts of a call."""
-    records = load(TIMELINE)["records"]
-    parts = list(records[0]["us"])
-    rows = [
-        [named(record["shape"]), str(record["M"]), record["scheme"], *(f"{record['us'][part]:.1f}" for part in parts)]
-        for record in records
-    ]
-    return table(["E, topk, K, N", "M", "scales per", *parts], rows)
-
-
-def steps_table() -> list[str]:
-    """The kernels of the steps, with one column for each size."""
-    records = load(STEPS)["records"]
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for record in records:
-        share = f", {100 * record['of_copy']:.0f} %" if record["l2"] == "cold" else ""
-        if "copy_bytes_s" in record:
-            share += f" ({100 * record['bytes_s'] / record['copy_bytes_s']:.0f} %)"
-        row = rows.setdefault((record["step"], record["kernel"], record["scheme"]), {})
-        row[_size(record)] = f"{record['us']:.1f} us, {record['bytes_s'] / 1e9:.0f} GB/s{share}"
-    sizes = dict.fromkeys(map(_size, records))
-    lines = [[*names, *(row.get(size, "-") for size in sizes)] for names, row in rows.items()]
-    return table(["step", "kernel", "scales per", *sizes], lines, texts=3)
-
-
-def backends_table(of: Cells) -> list[str]:
-    """How each backend of cupy_moe stands to the fastest one."""
-    rows = [
-        [f"`{name}`", str(sum(ratio == 1 for ratio in ratios)), f"{mean(ratios):.2f}", f"{max(ratios):.2f}"]
-        for name, ratios in over_fastest(of).items()
-    ]
-    return table(["backend", "fastest in", "time over the fastest, mean", "most"], rows)
-
-
-def _size(record: dict[str, Any]) -> str:
-    return f"{named(record['shape'])}, M = {record['M']}"
-
-
 def details() -> str:
     """What ``docs/performance.md`` says."""
     waits = "Our kernels start while the one in front of them still runs, and the profiler counts their wait."
@@ -215,6 +137,7 @@ def details() -> str:
         "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
     ]  # fmt: skip
+    lines += kept_busy()
     steps = load(STEPS)
     if steps["records"]:
         rates = steps["header"]["rates"]
@@ -254,6 +177,30 @@ def details() -> str:
     rows = [[f"[{name}](../benchmarks/results/{name})", f"`{commit[:10]}`"] for name, commit in sources().items()]
     lines += ["## What was measured when", "", *table(["results", "commit"], rows, texts=2)]
     return "\n".join(lines).rstrip()
+
+
+def kept_busy() -> list[str]:
+    """What calls take of a device that has no pauses."""
+    content = load(SUSTAINED)
+    if not content["records"]:
+        return []
+    header = content["header"]
+
+    def dense(rate: float) -> str:
+        return f"{rate / 1e12:.0f} TFLOP/s"
+
+    times = [
+        f"{dense(of['fp8_flop_s'])} {when} all calls ({of['sm_mhz']:.0f} MHz, {of['watts']:.0f} W)"
+        for when, of in header["dense"].items()
+    ]  # fmt: skip
+    return [
+        "## When the device is kept busy", "",
+        f"Each call is replayed for {header['seconds']} s, longer than the device may draw more than its limit of "
+        f"{header['power_limit_watts']:.0f} W. Scales per tensor, uniform routing, CUDA graph, warm L2 cache. MHz is "
+        "the clock of the multiprocessors, the last column the share of NVML's readings that found a power limit in "
+        f"force. The dense product that the floor is made with reaches {dense(header['rates']['fp8_flop_s'])} in a few "
+        f"milliseconds, and kept busy {' and '.join(times)}.", "", *sustained_table(cells(SUSTAINED)), "",
+    ]  # fmt: skip
 
 
 def early() -> list[str]:

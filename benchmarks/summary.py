@@ -17,6 +17,7 @@ TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h1
 SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE, EARLY = "precision_h100.json", "invariance_h100.json", "early_h100.json"
+SUSTAINED = "sustained_h100.json"
 
 DISTURBED = 1.25
 """Replays of a graph take the same time again: a median so many times the minimum is not that of the call alone."""

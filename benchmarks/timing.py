@@ -226,17 +226,23 @@ def _in_several_grids(name: str, data: torch.Tensor, out: torch.Tensor) -> list[
     return [partial(launch, *grid) for grid in ((256, 8), (512, 4), (1024, 2), (512, 16))]
 
 
-def measure_fp8_rate(size: int = 8192) -> float:
-    """Dense fp8 rate in FLOP/s: ``torch._scaled_mm`` of ``size``^3, fast accumulation, best of 7 rounds."""
+def dense_product(size: int = 8192) -> tuple[Callable[[], object], float]:
+    """``torch._scaled_mm`` of ``size``^3, fast accumulation, and how many operations that is."""
     a, b = (torch.randn((size, size), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
 
     def multiply() -> None:
         torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
+    return multiply, 2.0 * size**3
+
+
+def measure_fp8_rate() -> float:
+    """Dense fp8 rate in FLOP/s: that of `dense_product`, best of 7 rounds."""
+    multiply, operations = dense_product()
     for _ in range(3):
         multiply()
-    return 2.0 * size**3 / (time_warm(multiply, hold=True, replays=10).us_min * 1e-6)
+    return operations / (time_warm(multiply, hold=True, replays=10).us_min * 1e-6)
 
 
 def query(*command: str) -> str:

@@ -4,6 +4,8 @@
 import argparse
 import functools
 import json
+import sys
+import time
 from unittest import mock
 
 import pytest
@@ -14,7 +16,19 @@ from cupy_moe import compiler, dispatch, gemms, launches, sm90
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import cases, choices, early, expected, invariance, records, step_cases, steps, table, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    choices,
+    early,
+    expected,
+    invariance,
+    records,
+    step_cases,
+    steps,
+    sustained,
+    table,
+    timing,
+)  # fmt: skip
 
 SHAPE = (6, 3, 128, 96)
 
@@ -171,6 +185,66 @@ def test_early(no_clock, monkeypatch, tmp_path, capsys):
     assert list(dict.fromkeys(seen)) == [0, 4]
     assert sm90.EARLY == 4
     assert "geometric mean of 1 cells" in capsys.readouterr().out
+
+
+class Nvml:
+    """A device at its power limit whose energy counter is that of the clock on the wall: 500 W."""
+
+    NVML_CLOCK_SM, nvmlClocksEventReasonSwPowerCap, nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 1, 4, 128
+    nvmlInit = staticmethod(lambda: None)
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
+    nvmlDeviceGetPowerManagementLimit = staticmethod(lambda device: 700_000)
+    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda device: time.perf_counter() * 500_000)
+    nvmlDeviceGetClockInfo = staticmethod(lambda device, kind: 1400)
+    nvmlDeviceGetCurrentClocksEventReasons = staticmethod(lambda device: 4)
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: mock.Mock(uuid="1-2"))
+
+
+def test_meter(nvml):
+    meter = sustained.Meter()
+    with meter:
+        time.sleep(0.05)
+    found = meter.found()
+    assert meter.limit_watts == 700
+    assert found.pop("watts") == pytest.approx(500, rel=1e-3)
+    assert found == {"sm_mhz": 1400, "power_capped": 1}
+
+
+def test_sustained(no_clock, nvml, monkeypatch, tmp_path, capsys):
+    out, replays = tmp_path / "sustained.json", []
+    monkeypatch.setattr(timing, "dense_product", lambda: (lambda: None, 1e10))
+    monkeypatch.setattr(
+        timing, "time_warm", lambda call, **options: replays.append(options) or timing.Timing(10.0, 9.0, 11.0)
+    )
+    arguments = ["--vllm-ops", str(tmp_path), "--cells", "all", "--out", str(out), "--commit", "0" * 40]
+    assert sustained.main(arguments) == 0
+    content = json.loads(out.read_text())
+    assert content["header"]["skipped"].keys() == {"vllm"}
+    assert content["header"]["dense"].keys() == {"before", "after"}
+    assert content["header"]["dense"]["after"]["fp8_flop_s"] == pytest.approx(1e15)
+    assert [(one["impl"], one["M"], one["us"], one["sm_mhz"]) for one in content["records"]] == [
+        ("cupy_moe", 5, 10, 1400), ("cupy_moe", 600, 10, 1400)
+    ]  # fmt: skip
+    assert sum(one["rounds"] * one["replays"] for one in replays[3:6]) * 10e-6 == pytest.approx(1.5, abs=1e-3)
+    monkeypatch.setitem(sustained.ERROR_LIMITS, "cupy_moe", 0)
+    assert sustained.main(arguments) == 1
+    content = json.loads(out.read_text())
+    assert len(content["failures"]) == 2
+    assert not content["records"]
+
+
+def test_the_host_is_timed_again(no_clock, monkeypatch, tmp_path, capsys):
+    """A disturbance that lasts for all cells of one pass is in no record."""
+    out, times = tmp_path / "eager.json", iter([90.0, 90.0, 20.0, 21.0, 30.0, 19.0])
+    monkeypatch.setattr(timing, "host_us", lambda call: next(times))
+    assert table.main(["--impls", "cupy_moe", "--modes", "eager", "--out", str(out), "--commit", "0" * 40]) == 0
+    assert [record["host_us"] for record in json.loads(out.read_text())["records"]] == [20, 19]
 
 
 def test_rounds_take_turns(monkeypatch):

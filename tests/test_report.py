@@ -83,6 +83,9 @@ def more_results(monkeypatch, tmp_path):
              for record in plain[:1] for l2, M, kernel in sizes]  # fmt: skip
     steps[-1]["copy_bytes_s"] = 2e12
     save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
+    busy = {"sm_mhz": 1400.0, "watts": 650.0, "power_capped": 0.5}
+    content["header"] |= {"power_limit_watts": 700.0, "seconds": 2, "dense": {"before": {"fp8_flop_s": 1.3e15, **busy}}}
+    save(summary.SUSTAINED, [{**record, **busy} for record in plain if record["M"] == 64])
     ours = [record for record in plain if (record["impl"], record["scheme"]) == ("cupy_moe", "token")]
     save(summary.INVARIANCE, [
         {**record, "batch_invariant": option, "same_bits": True, "us": (1 + option / 100) * record["us"]}
@@ -132,6 +135,9 @@ def test_report_of_everything(more_results):
     assert "a call takes 0.980 times as long as without it (geometric mean of " in more
     assert "| 32, 8, 1024, 1024 | 2.0% | 2.0% |" in more
     assert "In 45 of 45 cells both have the same bits." in more
+    assert "replayed for 2 s, longer than the device may draw more than its limit of 700 W." in more
+    assert "kept busy 1300 TFLOP/s before all calls (1400 MHz, 650 W)." in more
+    assert re.search(r"\| 8, 2, 4096, 28672 \| 64 \| [\d.]+ \| ([\d.]+) \| \1 \| \d+ \| 1400 \| 650 \| 50% \|", more)
     assert re.search(r"\| `sm90` \| \d \| 1.00 \| 1.00 \|\n\| `mma` \| 0 \| 1.50 \| 1.50 \|", more)
 
 
