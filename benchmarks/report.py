@@ -110,8 +110,24 @@ def remarks() -> list[str]:
         f"- Relative error against the float32 reference: at most {max(errors):.1e} in all of these cells. Against the "
         "layer without any quantisation of activations, with uniform routing and scales per tensor, it is "
         f"{mean(beside):.3f} times that of vLLM (geometric mean; at most {max(beside):.3f}).",
+        *_energy(),
         f"- The first call of a process, with all compiling: {cold:.1f} s, and {hot:.2f} s once "
         "the kernels are in CuPy's cache.",
+    ]
+
+
+def _energy() -> list[str]:
+    """A line on what calls take of a device that is kept busy."""
+    joules = [
+        [cell[impl]["watts"] * cell[impl]["us"] for impl in ("cupy_moe", "vllm")]
+        for cell in cells(SUSTAINED).values() if "vllm" in cell
+    ]  # fmt: skip
+    if not joules:
+        return []
+    ratios = [theirs / ours for ours, theirs in joules]
+    return [
+        f"- Where calls follow one another without pauses, vLLM's operators take {mean(ratios):.2f} times the energy for "
+        f"one (geometric mean of {len(ratios)} cells, from {min(ratios):.2f} to {max(ratios):.2f})."
     ]
 
 
