@@ -126,8 +126,8 @@ def _energy() -> list[str]:
         return []
     ratios = [theirs / ours for ours, theirs in joules]
     return [
-        f"- Where calls follow one another without pauses, vLLM's operators take {mean(ratios):.2f} times the energy for "
-        f"one (geometric mean of {len(ratios)} cells, from {min(ratios):.2f} to {max(ratios):.2f})."
+        f"- Where calls follow one another without pauses, vLLM's operators take {mean(ratios):.2f} times the energy "
+        f"for one (geometric mean of {len(ratios)} cells, from {min(ratios):.2f} to {max(ratios):.2f})."
     ]
 
 
