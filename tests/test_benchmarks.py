@@ -3,9 +3,9 @@
 
 import argparse
 import functools
+import itertools
 import json
 import sys
-import time
 from unittest import mock
 
 import pytest
@@ -188,13 +188,15 @@ def test_early(no_clock, monkeypatch, tmp_path, capsys):
 
 
 class Nvml:
-    """A device at its power limit whose energy counter is that of the clock on the wall: 500 W."""
+    """A device at its power limit that takes a kilojoule from one reading to the next."""
+
+    joules = itertools.count(5)
 
     NVML_CLOCK_SM, nvmlClocksEventReasonSwPowerCap, nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 1, 4, 128
     nvmlInit = staticmethod(lambda: None)
     nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
     nvmlDeviceGetPowerManagementLimit = staticmethod(lambda device: 700_000)
-    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda device: time.perf_counter() * 500_000)
+    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda device: next(Nvml.joules) * 1_000_000)
     nvmlDeviceGetClockInfo = staticmethod(lambda device, kind: 1400)
     nvmlDeviceGetCurrentClocksEventReasons = staticmethod(lambda device: 4)
 
@@ -206,14 +208,13 @@ def nvml(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: mock.Mock(uuid="1-2"))
 
 
-def test_meter(nvml):
+def test_meter(nvml, monkeypatch):
+    monkeypatch.setattr(sustained.time, "perf_counter", iter([10.0, 12.0]).__next__)
     meter = sustained.Meter()
-    with meter:
-        time.sleep(0.05)
-    found = meter.found()
     assert meter.limit_watts == 700
-    assert found.pop("watts") == pytest.approx(500, rel=1e-3)
-    assert found == {"sm_mhz": 1400, "power_capped": 1}
+    with meter:
+        pass
+    assert meter.found() == {"sm_mhz": 1400, "watts": 500, "power_capped": 1}
 
 
 def test_sustained(no_clock, nvml, monkeypatch, tmp_path, capsys):
