@@ -31,6 +31,7 @@ from benchmarks.summary import (
     choice,
     disturbed,
     in_turns,
+    joules,
     load,
     mean,
     over_floor,
@@ -118,13 +119,10 @@ def remarks() -> list[str]:
 
 def _energy() -> list[str]:
     """A line on what calls take of a device that is kept busy."""
-    joules = [
-        [cell[impl]["watts"] * cell[impl]["us"] for impl in ("cupy_moe", "vllm")]
-        for cell in cells(SUSTAINED).values() if "vllm" in cell
-    ]  # fmt: skip
-    if not joules:
+    both = [cell for cell in cells(SUSTAINED).values() if "vllm" in cell]
+    if not both:
         return []
-    ratios = [theirs / ours for ours, theirs in joules]
+    ratios = [joules(cell["vllm"]) / joules(cell["cupy_moe"]) for cell in both]
     return [
         f"- Where calls follow one another without pauses, vLLM's operators take {mean(ratios):.2f} times the energy "
         f"for one (geometric mean of {len(ratios)} cells, from {min(ratios):.2f} to {max(ratios):.2f})."
@@ -201,6 +199,8 @@ def kept_busy() -> list[str]:
     if not content["records"]:
         return []
     header = content["header"]
+    watts = [record["watts"] for record in content["records"] if record["power_capped"] == 1]
+    spread = f": between {min(watts):.0f} and {max(watts):.0f} W where every reading found the limit" if watts else ""
 
     def dense(rate: float) -> str:
         return f"{rate / 1e12:.0f} TFLOP/s"
@@ -211,11 +211,12 @@ def kept_busy() -> list[str]:
     ]  # fmt: skip
     return [
         "## When the device is kept busy", "",
-        f"Each call is replayed for {header['seconds']} s, longer than the device may draw more than its limit of "
-        f"{header['power_limit_watts']:.0f} W. Scales per tensor, uniform routing, CUDA graph, warm L2 cache. MHz is "
-        "the clock of the multiprocessors, the last column the share of NVML's readings that found a power limit in "
-        f"force. The dense product that the floor is made with reaches {dense(header['rates']['fp8_flop_s'])} in a few "
-        f"milliseconds, and kept busy {' and '.join(times)}.", "", *sustained_table(cells(SUSTAINED)), "",
+        f"Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, CUDA graph, warm L2 "
+        "cache. MHz is the clock of the multiprocessors, the last column the share of NVML's readings that found a power "
+        f"limit in force, which is {header['power_limit_watts']:.0f} W. W and the energy come from NVML's counter, which "
+        f"is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
+        f"{dense(header['rates']['fp8_flop_s'])} in a few milliseconds, and kept busy {' and '.join(times)}.", "",
+        *sustained_table(cells(SUSTAINED)), "",
     ]  # fmt: skip
 
 

@@ -85,6 +85,11 @@ def disturbed(record: dict[str, Any]) -> bool:
     return bool(record["mode"] == "graph" and record["us"] > DISTURBED * record["us_min"])
 
 
+def joules(record: dict[str, Any]) -> float:
+    """Energy of one call of a device that is kept busy."""
+    return float(record["watts"] * record["us"] * 1e-6)
+
+
 def speedups(of: Cells) -> dict[tuple[int, ...], float]:
     """Time of vLLM over that of cupy_moe, where both were measured and neither was `disturbed`."""
     both = {key: (cell["vllm"], cell["cupy_moe"]) for key, cell in of.items() if {"vllm", "cupy_moe"} <= cell.keys()}

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     failures: list[dict[str, Any]] = []
     for shape, tokens in options.cells.items():
         weights, binds = cases.make_weights(shape), {}
-        for impl in options.impls:
+        for impl in ("cupy_moe", "vllm"):
             try:
                 binds[impl] = BINDERS[impl](weights, shape[1], options, PEER_BACKENDS.get(impl, "auto"))
             except PeerUnavailable as error:
@@ -155,7 +155,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--vllm-version", default="0.22.1", help="the version that the files of --vllm-ops are from")
     parser.add_argument("--cells", type=parse_cells, default=CELLS, help=parse_cells.__doc__)
     options = parser.parse_args(arguments)
-    options.arguments, options.impls = arguments, ("cupy_moe", "vllm")
+    options.arguments = arguments
     return options
 
 

@@ -10,6 +10,7 @@ from benchmarks.summary import (
     TIMELINE,
     Cells,
     cells,
+    joules,
     load,
     mean,
     over_fastest,
@@ -73,8 +74,7 @@ def sustained_table(of: Cells) -> list[str]:
         ours, theirs = cell["cupy_moe"], cell.get("vllm")
         _, topk, k, n, tokens = key
         rate = 6e-6 * tokens * topk * k * n / ours["us"]
-        joules = {name: record["watts"] * record["us"] for name, record in cell.items()}
-        beside = (f"{theirs['us'] / ours['us']:.2f}", f"{joules['vllm'] / joules['cupy_moe']:.2f}") if theirs else "--"
+        beside = (f"{theirs['us'] / ours['us']:.2f}", f"{joules(theirs) / joules(ours):.2f}") if theirs else "--"
         rows.append([
             named(key[:4]), str(tokens), f"{ours['us']:.1f}", *beside, f"{rate:.0f}", f"{ours['sm_mhz']:.0f}",
             f"{ours['watts']:.0f}", f"{ours['power_capped']:.0%}",

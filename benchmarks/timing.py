@@ -226,8 +226,9 @@ def _in_several_grids(name: str, data: torch.Tensor, out: torch.Tensor) -> list[
     return [partial(launch, *grid) for grid in ((256, 8), (512, 4), (1024, 2), (512, 16))]
 
 
-def dense_product(size: int = 8192) -> tuple[Callable[[], object], float]:
-    """``torch._scaled_mm`` of ``size``^3, fast accumulation, and how many operations that is."""
+def dense_product() -> tuple[Callable[[], object], float]:
+    """``torch._scaled_mm`` of 8192^3, fast accumulation, and how many operations that is."""
+    size = 8192
     a, b = (torch.randn((size, size), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
 
