@@ -212,9 +212,9 @@ def kept_busy() -> list[str]:
     return [
         "## When the device is kept busy", "",
         f"Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, CUDA graph, warm L2 "
-        "cache. MHz is the clock of the multiprocessors, the last column the share of NVML's readings that found a power "
-        f"limit in force, which is {header['power_limit_watts']:.0f} W. W and the energy come from NVML's counter, which "
-        f"is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
+        "cache. MHz is the clock of the multiprocessors, the last column the share of NVML's readings that found a "
+        f"power limit in force, which is {header['power_limit_watts']:.0f} W. W and the energy come from NVML's "
+        f"counter, which is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
         f"{dense(header['rates']['fp8_flop_s'])} in a few milliseconds, and kept busy {' and '.join(times)}.", "",
         *sustained_table(cells(SUSTAINED)), "",
     ]  # fmt: skip
