@@ -80,14 +80,16 @@ class Kernel:
         self.parameters = parameters
         self.can_overlap = can_overlap
         self._owner = function
+        self._shared_bytes = _DEFAULT_SHARED_BYTES - function.shared_size_bytes  # of dynamic shared memory per block
 
     def allow_shared_bytes(self, nbytes: int) -> None:
-        """Raise the limit of dynamic shared memory per block to ``nbytes`` where the default is below it."""
-        if nbytes > _DEFAULT_SHARED_BYTES:
+        """Raise the limit of dynamic shared memory per block to ``nbytes`` where it is below that."""
+        if nbytes > self._shared_bytes:
             result = library().cuFuncSetAttribute(
                 ctypes.c_void_p(self.handle), _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(nbytes)
             )
             check(result, f"{nbytes} bytes of dynamic shared memory for {self.name}")
+            self._shared_bytes = nbytes  # never lowered: launches that need more may be prepared
 
 
 class Launch:

@@ -197,6 +197,19 @@ def test_random_cases(part, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_shared_memory_of_one_kernel(kernel, seed):
+    """A launch that needs less than another one, and is prepared after it, leaves that one enough."""
+    tile = TILES[kernel][0]
+    cases = [Case(seed, [3] * experts, 48, 80) for experts in (256, 2)]
+    outs = [poison(cupy.empty((len(case.x), case.n), np.float32)) for case in cases]
+    end = End("PRODUCT", unit=1.0)
+    for launch in [case.launch(out, end, tile) for case, out in zip(cases, outs, strict=True)]:
+        launch(cupy.cuda.get_current_stream().ptr)
+    for case, out in zip(cases, outs, strict=True):
+        assert_close(out[case.valid], case.exact(), "float32", tile)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_launches(overlap, kernel, seed):
     """Two GEMMs, the second on the codes of the first, 10,000 times each without a pause; more tiles than blocks."""
