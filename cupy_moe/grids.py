@@ -9,7 +9,8 @@ VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
 """Threads of a block that holds a row in registers, as in ``common.cuh``; of one of `activation_quantize` with halves
-and without a bias, where a thread has at most `FEW_VECTORS`."""
+and at most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps. With a bias the registers would not
+do."""
 FEW_VECTORS = 4
 STRETCH_THREADS, NARROW_THREADS = 256, 64
 """Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""

@@ -124,15 +124,17 @@ def activation_quantize(
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    threads = grids.MORE_ROW_THREADS if x.itemsize == 2 and bias.dtype == NO_BIAS.dtype else grids.MAX_ROW_THREADS
-    grid = grids.whole_rows(rows, out_cols, threads) if mode == "TOKEN" else grids.stretches(out_cols)
+    most = grids.MORE_ROW_THREADS if x.itemsize == 2 and bias.dtype == NO_BIAS.dtype else grids.MAX_ROW_THREADS
+    grid = grids.whole_rows(rows, out_cols, most) if mode == "TOKEN" else grids.stretches(out_cols)
+    if grid.per_thread > grids.FEW_VECTORS:
+        most = grids.MAX_ROW_THREADS
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
             Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
-            VECS=grid.per_thread, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
+            VECS=grid.per_thread, ROW_THREADS=most, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
             PER_CHANNEL=w_scale.per_channel,
         )
 

@@ -9,12 +9,11 @@
 //   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
+//   ROW_THREADS threads of a block of activation_quantize, at most
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
-// Of a block, at most. A row should not be the work of a few warps, but with a bias the registers of 896 threads do not do.
-constexpr int ROW_THREADS = sizeof(In) == 2 && sizeof(Bias) == 1 && VECS <= 4 ? 896 : MAX_ROW_THREADS;
 constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_rows that are loaded before the first is used
 
 // What both kernels read. All of it is older than amax_rows.

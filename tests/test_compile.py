@@ -215,8 +215,8 @@ VALUES = {
     "requantize.cu": {},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
-        "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
-        "PER_CHANNEL": {True, False},
+        "VECS": {1, 2, 4, 6, 7, 8}, "ROW_THREADS": {grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
+        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
