@@ -16,7 +16,7 @@ from cupy_moe import backend, dispatch, e4m3, launches, mma, sm90, tuning
 from cupy_moe.buffers import Buffers, as_array
 from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
-from cupy_moe.launches import UNSCALED, Matrix, RowScale
+from cupy_moe.launches import UNSCALED, Matrix, RowScale, Tables
 from cupy_moe.tiles import End, Groups
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
@@ -55,14 +55,13 @@ def a_scaling(layer: Layer, buffers: Buffers) -> tuple[str, RowScale, int, RowSc
 class CublasltGemms:
     """GEMM 1 of cuBLASLt, a kernel for activation and quantisation, GEMM 2 of cuBLASLt."""
 
-    reads_pointers: ClassVar[bool] = True
-
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         context = backend.cublaslt_context(layer.device)
         counts, experts = layer.expert_counts.data.ptr, layer.spec.num_experts
         self._gemm1 = GroupedGemm(context, w1, experts, layer.product, layer.hidden, counts)
         self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts)
         self.unit = self._gemm2.unit  # of y
+        self._pointers = dedicated((4, experts), np.int64)  # of x, inner, a and y, where routing puts them
 
     def inner(self, layer: Layer, rows: int, comparable: bool) -> tuple[int, int, str]:
         """Rows, columns and dtype of GEMM 1's product."""
@@ -70,11 +69,19 @@ class CublasltGemms:
         columns = layer.product
         return rows, columns, "float32" if rows * columns <= FINE_ELEMENTS else "float16"
 
+    def tables(self, buffers: Buffers) -> Tables:
+        """Where routing is to write the address of each expert's rows."""
+        operands = buffers.x, buffers.inner, buffers.a, buffers.y
+        return Tables(
+            self._pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
+            tuple(matrix.pitch * matrix.itemsize for matrix in operands),
+        )
+
     def first(
         self, layer: Layer, shape: CallShape, buffers: Buffers, x_scale: RowScale
     ) -> tuple[list[Step], RowScale]:
         """The launches from ``x`` to ``a``, and the scale of ``a``."""
-        spec, tables = layer.spec, layer.pointers
+        spec, tables = layer.spec, self._pointers
         mode, given, scale_out, result = a_scaling(layer, buffers)
         gemm = self._gemm1.prepare(shape.rows, tables[0].data.ptr, tables[1].data.ptr, buffers.inner.dtype)
         return [gemm, *launches.activation_quantize(
@@ -86,12 +93,14 @@ class CublasltGemms:
 
     def second(self, layer: Layer, shape: CallShape, buffers: Buffers) -> list[Step]:
         """The launches from ``a`` to ``y``."""
-        tables = layer.pointers
+        tables = self._pointers
         return [self._gemm2.prepare(shape.rows, tables[2].data.ptr, tables[3].data.ptr)]
 
     def tune(self, layer: Layer, rows: int, buffers: Buffers, total: int) -> dict[str, Record]:
         """Records of the fastest algorithms for ``rows`` rows, ``total`` of which the layer's tables name now."""
-        tables, records = [table.data.ptr for table in layer.pointers], {}
+        tables, records = [table.data.ptr for table in self._pointers], {}
+        first, of = layer.spans.get()[:, 0].astype(np.int64), self.tables(buffers)
+        self._pointers.set(np.stack([base + first * pitch for base, pitch in zip(of.base, of.pitch, strict=True)]))
         for i, gemm, operand, result in (
             (0, self._gemm1, buffers.x, buffers.inner), (2, self._gemm2, buffers.a, buffers.y)
         ):  # fmt: skip
@@ -105,7 +114,6 @@ class OwnGemms:
 
     kernel: ClassVar[ModuleType]  # what prepares it
     can_pack: ClassVar[bool]  # whether every tile has whole groups of rows
-    reads_pointers: ClassVar[bool] = False  # it takes the rows of each expert from the spans
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         experts = layer.spec.num_experts
@@ -128,6 +136,10 @@ class OwnGemms:
         if self.can_pack and not comparable and packs(rows, experts, per_token=layer.spec.per_act_token):
             return launches.packed_rows(rows, experts), columns, launches.PACKED
         return rows, columns, "float32"
+
+    def tables(self, buffers: Buffers) -> Tables:
+        """None: the kernel takes the rows of each expert from the spans."""
+        return Tables()
 
     def _groups(self, buffers: Buffers, gemm: int) -> Groups:
         return Groups(buffers.maps.spans, self._claims[gemm].data.ptr)

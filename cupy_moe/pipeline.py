@@ -16,7 +16,7 @@ from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT
 from cupy_moe.driver import Launch, Step
-from cupy_moe.launches import NO_BIAS, Bias, Matrix, RowScale, Tables, WeightScale
+from cupy_moe.launches import NO_BIAS, Bias, Matrix, RowScale, WeightScale
 from cupy_moe.replay import Replay
 from cupy_moe.spec import LayerSpec, Operand, Scale
 from cupy_moe.workspace import Workspace, dedicated
@@ -83,7 +83,6 @@ class Layer:
         experts = spec.num_experts
         self.expert_offsets = dedicated((experts + 1,), np.int32)
         self.expert_counts = dedicated((experts,), np.int32)
-        self.pointers = dedicated((4, experts), np.int64)
         self.spans = dedicated((experts, 2), np.int32)
         self.partials = dedicated((2, launches.PARTIALS), np.float32)
         self.tensor_scales = dedicated((2,), np.float32)
@@ -114,10 +113,8 @@ class Layer:
         counts = tuning.uniform_counts(tokens, topk, routed)[:experts]
         counts[0] += not counts.any()
         first, total = np.cumsum(counts, dtype=np.int64) - counts, int(counts.sum())
-        operands = buffers.x, buffers.inner, buffers.a, buffers.y
         self.expert_counts.set(counts)
         self.spans.set(np.stack([first, counts], axis=1).astype(np.int32))
-        self.pointers.set(np.stack([one.pointer + first * (one.pitch * one.itemsize) for one in operands]))
         return self.gemms.tune(self, rows, buffers, total)
 
 
@@ -205,13 +202,7 @@ class Plan:
         """The launches that are routing by themselves, and what `dispatch.quantize` is told of the rows."""
         layer, shape, buffers = self.layer, self.shape, self.buffers
         maps, experts = buffers.maps, layer.spec.num_experts
-        operands = (buffers.x, buffers.inner, buffers.a, buffers.y)
-        tables = Tables()
-        if layer.gemms.reads_pointers:
-            tables = Tables(
-                layer.pointers.data.ptr, tuple(matrix.pointer for matrix in operands),
-                tuple(matrix.pitch * matrix.itemsize for matrix in operands),
-            )
+        tables = layer.gemms.tables(buffers)
         if shape.max_tokens:
             route = dispatch.route_padded(layer.device, 0, shape.id_dtype, experts, shape.max_tokens, maps, tables)
             return [route], {"topk": 1, "src2dst": maps.src2dst, "row_experts": maps.row_experts}
