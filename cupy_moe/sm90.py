@@ -18,6 +18,8 @@ EARLY = 4
 """Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
 MOST_SCALED_ROWS = 192
 """With more, the registers of a block without a cluster do not hold the scales of its rows beside their sums."""
+IN_STEP_COLUMNS = 24576
+"""Columns of the weights from which on clusters keep in step, so that they find one another's data in the L2 cache."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
 
 
@@ -86,7 +88,8 @@ def grouped_gemm(
         tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages,
-        EARLY=min(EARLY, tile.stages), CLUSTER=tile.cluster, WINDOW=tile.window, **tiles.constants(end, out),
+        EARLY=min(EARLY, tile.stages), CLUSTER=tile.cluster, WINDOW=tile.window,
+        IN_STEP=tile.cluster > 1 and weights.k >= IN_STEP_COLUMNS, **tiles.constants(end, out),
     )
     channel_tiles = -(-weights.n // (CHANNELS * tile.cluster))
     most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles

@@ -16,6 +16,7 @@
 //   EARLY       of these, whose weights are asked for before there are rows
 //   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
 //               for all
+//   IN_STEP     clusters wait for one another before each tile
 //   WINDOW      stages whose products the tensor cores add up, before float32 does
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
@@ -92,6 +93,18 @@ __device__ __forceinline__ int tile_of_wave(int wave) {
     return wave * clusters + (blockIdx.x / CLUSTER + wave) % clusters;
 }
 
+// Clusters on tiles of the same weights or rows find these in the L2 cache if they are there at about the same time. Where rows
+// are long it holds a small part of what they read, and clusters with short tiles would run away: a cluster begins when two
+// thirds have begun in its wave, or one has nothing left. That is for speed alone, and blocks that do not run yet may need the
+// place of one that waits: nobody waits for ever.
+__device__ __forceinline__ void keep_in_step(const Groups& groups, int wave) {
+    constexpr int PATIENCE = 1 << 12;  // some milliseconds
+    const int clusters = gridDim.x / CLUSTER;
+    if (rank() == 0) atomicAdd(groups.claims, 1);
+    const volatile int* claims = groups.claims;
+    for (int i = 0; i < PATIENCE && claims[0] < wave * clusters - clusters / 3 && claims[1] == 0; ++i) {}
+}
+
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
     const auto copy_rows_of = [&](int stage, int row, int step) {
@@ -112,6 +125,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + atomicAdd(groups.claims, 1);
+        if constexpr (IN_STEP) keep_in_step(groups, wave);
         for (int step = 0; step < groups.steps; ++step, state.next()) {
             if (!waited && early == EARLY) wait_for_rows();
             wait(ring.empty(state.stage), state.parity ^ 1);  // passes in the first round
@@ -127,7 +141,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     wait(ring.empty(state.stage), state.parity ^ 1);
     ring.place(state.stage).count = 0;
     arrive(ring.full(state.stage));
-    if (CLUSTER == 1 && atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
+    if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
 // The products of a stage, the first COLS rows, on their way into `part`, or added to it.

@@ -7,7 +7,7 @@ struct Groups {
     int experts;
     int channel_tiles;  // tiles along the weight rows of one expert
     int steps;          // stages along K
-    int* claims;        // {tiles taken beyond the first of each block, blocks done}, both 0 between launches
+    int* claims;        // {tiles taken, beyond the first of each block unless in clusters; blocks done}, 0 between launches
 };
 
 // An expert with rows; the last entry is the end, with the number of tiles in all.

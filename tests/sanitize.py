@@ -151,6 +151,8 @@ def own_gemms(only):
     """Every end of the kernels of our own, in the smallest tile and the largest, with rows cut off, empty experts."""
     from own_gemm_cases import TILES, Case, Layer, problem
 
+    from cupy_moe import sm90
+
     kernels = [kernel for kernel in TILES if only in (None, kernel.split()[0]) and not problem(kernel)]
     for tile in [tile for kernel in kernels for tile in (TILES[kernel][0], TILES[kernel][-1])]:
         counts = [0, 3, 0, tile.rows + 5, 1]
@@ -159,6 +161,9 @@ def own_gemms(only):
             for dtype in ("float16", "float32"):
                 got = case.product(tile, dtype)[1]
                 check(f"{tile} {dtype}, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
+            with mock.patch.object(sm90, "IN_STEP_COLUMNS", 0):
+                got = case.product(tile)[1]
+                check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
             layer = Layer(2, counts, 19, 144, kind="(E, 2)", max_tokens=padded)
             layer.check(tile, per_expert=True, want=layer.want(on_host=True))
 

@@ -105,16 +105,17 @@ def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024)
 
 
 def grouped_gemm(
-    kernel, tile, kind, out, act="silu", bias="None", per_channel=False, per_row=False, invariant=False, **options
+    kernel, tile, kind, out, act="silu", bias="None", per_channel=False, per_row=False, invariant=False, k=1024,
+    **options,
 ):
     """One tile and end of a kernel of our own."""
     end = tiles.End(
         kind, act, bias=Bias(ADDRESS, bias), x_scale=RowScale(ADDRESS, row_stride=int(per_row)),
         w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel),
     )  # fmt: skip
-    x, y = Matrix(ADDRESS, 1024, "uint8"), Matrix(ADDRESS, 512, out)
+    x, y = Matrix(ADDRESS, k, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
-        0, kernel.Weights(ADDRESS, 8, 1024, 1024, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
+        0, kernel.Weights(ADDRESS, 8, 1024, k, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
         tiles.Groups(ADDRESS, ADDRESS), y, end, tile, **options,
     )  # fmt: skip
 
@@ -170,6 +171,7 @@ def calls():
     for tile in sm90.TILES:
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
+        made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", k=sm90.IN_STEP_COLUMNS)]
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)
                  for bias in biases]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]
@@ -226,7 +228,7 @@ VALUES = {
         "ROWS": {tile.rows for tile in sm90.TILES},
         "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
-        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
+        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "IN_STEP": {True, False},
     },
     "gemm_mma.cu": {
         "ROWS": {tile.rows for tile in mma.TILES}, "STAGES": {tile.stages for tile in mma.TILES}, "FP8": {True, False},

@@ -7,6 +7,7 @@
 | --- | --- |
 | products, row counts | one row tile and several; `multiply_tile` of every eighth of ROWS |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
+| in step | `keep_in_step` |
 | products, n | weight rows beyond n in the last channel tile; both types of `Out`; bits with `batch_invariant` |
 | experts | `make_schedule` over several warps of experts, `Walk.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
@@ -14,7 +15,7 @@
 | ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
 | large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
 | random | all of this in changing company |
-| launches | the ring, `claims` and the early weights over 20,000 launches, one after another and with overlap |
+| launches | the ring, `claims`, early weights, `keep_in_step` over 20,000 launches, with overlap and without |
 """
 
 import os
@@ -24,7 +25,7 @@ import pytest
 from gpu_cases import W1_KINDS, cupy, free_device_memory, poison, same_bits
 from own_gemm_cases import ALL, KERNELS, TILES, Case, Layer, all_edges, assert_close, edges, problem
 
-from cupy_moe import e4m3
+from cupy_moe import e4m3, sm90
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.launches import RowScale
 from cupy_moe.tiles import End
@@ -60,6 +61,18 @@ def test_products(n, k, kernel, seed):
         assert_close(got, want, "float32", tile)
         first = got if first is None else first
         assert same_bits(got, first), f"{tile} gives other bits than {TILES[kernel][0]}"
+
+
+@pytest.mark.parametrize("tile", [tile for tile in ALL if getattr(tile.tile, "cluster", 1) > 1], ids=str)
+@pytest.mark.parametrize("counts", [(900, 0, 1, 2500, 33, 700), (5, 0, 0), (0, 0)], ids=str)
+def test_in_step(counts, tile, seed, monkeypatch):
+    """Clusters that wait for one another give the same bits: several waves, the last one partial, or none."""
+    case = Case(seed, counts, 4112, 144)
+    want, _ = case.product(tile)
+    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
+    got, _ = case.product(tile)
+    assert_close(got, case.exact(), "float32", tile)
+    assert same_bits(got, want)
 
 
 @pytest.mark.parametrize("tile", ALL, ids=str)
@@ -209,11 +222,12 @@ def test_shared_memory_of_one_kernel(kernel, seed):
         assert_close(out[case.valid], case.exact(), "float32", tile)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "sm90 in step"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_many_launches(overlap, kernel, seed):
+def test_many_launches(overlap, kernel, seed, monkeypatch):
     """Two GEMMs, the second on the codes of the first, 10,000 times each without a pause; more tiles than blocks."""
-    counts, tile = [20] * 12, TILES[kernel][1]
+    counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else TILES["sm90"][-1]
+    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
     first = Layer(seed, counts, 256, 64)
     second = Case(seed + 9, counts, 2048, 256)
     codes, product = second.x, poison(cupy.empty((len(second.x), 2048), np.float16))
