@@ -138,16 +138,16 @@ def _behind_amax(
 def requantize(case: Case, scheme: str) -> Step:
     """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2.
 
-    Many values with one scale are packed, and lost when they have been read once.
+    Many values are packed, and lost when they have been read once.
     """
     codes, owners = case.empty(case.rows, case.inner, dtype=FP8), case.routing.row_experts
     scale, partials, told = case.scaling(scheme)
-    if gemms.packs(case.rows, case.experts, per_token=scheme == "token"):
+    if gemms.packs(case.rows, case.experts, case.inner, per_token=scheme == "token"):
         words, x = packed(case)
         spans = torch.stack([case.routing.expert_offsets[:-1], case.routing.expert_counts], dim=1)
         steps = [launches.requantize(
-            DEVICE, Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, spans.data_ptr(), case.experts,
-            matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
+            DEVICE, scheme.upper(), Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, spans.data_ptr(),
+            case.experts, matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
         )]  # fmt: skip
         read: Arrays = (words, spans)
     else:

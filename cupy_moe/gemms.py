@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
-PACKED_ROWS = 32
-"""Where what GEMM 1 leaves is packed: from so many rows per expert on, since groups of rows are filled up."""
+PACKED_ROWS = {"tensor": 32, "token": 192}
+"""Rows per expert, by scheme, from which on what GEMM 1 leaves is packed: groups of rows are filled up."""
 
 
-def packs(rows: int, experts: int, *, per_token: bool) -> bool:
-    """Whether it pays to pack what GEMM 1 leaves of ``rows`` rows. With a scale per token it would be read twice."""
-    return rows >= PACKED_ROWS * experts and not per_token
+def packs(rows: int, experts: int, columns: int, *, per_token: bool) -> bool:
+    """Whether it pays to pack what GEMM 1 leaves of ``rows`` rows. Wide ones with a scale each would be read twice."""
+    if per_token and columns > launches.MOST_HELD_COLUMNS:
+        return False
+    return rows >= PACKED_ROWS["token" if per_token else "tensor"] * experts
 
 
 def scaling(
@@ -132,8 +134,8 @@ class OwnGemms:
         if layer.a2_scale is not None:
             return 0, 0, "float32"
         columns, experts = layer.intermediate, layer.spec.num_experts
-        # (batch_invariant refuses one scale for all, and so packs nothing.)
-        if self.can_pack and not comparable and packs(rows, experts, per_token=layer.spec.per_act_token):
+        as_numbers = comparable or layer.spec.batch_invariant  # packing depends on the number of rows
+        if self.can_pack and not as_numbers and packs(rows, experts, columns, per_token=layer.spec.per_act_token):
             return launches.packed_rows(rows, experts), columns, launches.PACKED
         return rows, columns, "float32"
 
@@ -151,7 +153,7 @@ class OwnGemms:
         return buffers.inner if static is None else buffers.a, End(
             kind, spec.activation, spec.intermediate_size, x_scale=x_scale,
             w_scale=layer.w1_scale, bias=layer.w1_bias, scale=static or UNSCALED,
-            partials=layer.partials[1].data.ptr,
+            partials=0 if static or spec.per_act_token else layer.partials[1].data.ptr,
         )
 
     def first(
@@ -167,7 +169,7 @@ class OwnGemms:
             return [gemm], result
         if end.kind == "PACKED":
             return [gemm, launches.requantize(
-                layer.device, out, shape.rows, buffers.maps.spans, layer.spec.num_experts, buffers.a,
+                layer.device, mode, out, shape.rows, buffers.maps.spans, layer.spec.num_experts, buffers.a,
                 partials=end.partials, scale_out=scale_out,
             )], result
         return [gemm, *dispatch.quantize(

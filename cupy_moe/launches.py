@@ -18,6 +18,8 @@ PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 PACKED, GROUP_ROWS = "packed", 16
 """The form of many activated values, 24 bits each, and the rows that it takes together; as in ``packed.cuh``."""
+MOST_HELD_COLUMNS = 2048
+"""Columns of a group of packed rows of which a multiprocessor's shared memory holds two."""
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1, PACKED: 3}
 
 
@@ -106,15 +108,19 @@ def packed_rows(rows: int, experts: int) -> int:
 
 
 def requantize(
-    device: int, x: Matrix, rows: int, spans: int, experts: int, out: Matrix, *, partials: int, scale_out: int
+    device: int, mode: str, x: Matrix, rows: int, spans: int, experts: int, out: Matrix, *, partials: int,
+    scale_out: int,
 ) -> Launch:
     """``requantize`` of ``x``, `PACKED`; what it holds afterwards is not known."""
     # A group is divided as a row is, by pieces of four columns of four rows instead of vectors.
-    grid = grids.stretches(x.pitch * VECTOR)
+    grid, held = grids.stretches(x.pitch * VECTOR), 0
+    if mode == "TOKEN":
+        grid, held = grid._replace(stretches=1), x.pitch * GROUP_ROWS * x.itemsize
     return Launch(
-        compiler.kernel("requantize.cu", "requantize", device),
-        (packed_rows(rows, experts) // GROUP_ROWS, grid.stretches), grid.threads, x=x.pointer, cols=x.pitch,
-        spans=spans, experts=experts, partials=partials, out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+        compiler.kernel("requantize.cu", "requantize", device, MODE=mode),
+        (packed_rows(rows, experts) // GROUP_ROWS, grid.stretches), grid.threads, shared_bytes=held, x=x.pointer,
+        cols=x.pitch, spans=spans, experts=experts, partials=partials, out=out.pointer, out_pitch=out.pitch,
+        scale_out=scale_out,
     )
 
 

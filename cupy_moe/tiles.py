@@ -104,7 +104,7 @@ class Groups(NamedTuple):
 class End(NamedTuple):
     """What happens to a finished tile, and the arguments of that."""
 
-    kind: str  # PRODUCT | ACTIVATED | CODES
+    kind: str  # PRODUCT | ACTIVATED | PACKED | CODES
     activation: str = "silu"
     cols: int = 0  # columns of the result that exist; 0: all
     unit: float = 1.0  # PRODUCT: what 1 in the result stands for
@@ -112,7 +112,7 @@ class End(NamedTuple):
     w_scale: WeightScale = UNSCALED_WEIGHT
     bias: Bias = NO_BIAS
     scale: RowScale = UNSCALED  # of the CODES
-    partials: int = 0
+    partials: int = 0  # where the largest magnitudes go; 0: nobody wants them
 
 
 def constants(end: End, out: Matrix) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def constants(end: End, out: Matrix) -> dict[str, Any]:
     return {
         "END": end.kind, "Out": compiler.CUDA_TYPES[out_type], "Bias": compiler.CUDA_TYPES.get(end.bias.dtype, "None"),
         "ACT": end.activation.upper(), "ROW_SCALES": bool(end.x_scale.row_stride),
-        "PER_CHANNEL": end.w_scale.per_channel,
+        "PER_CHANNEL": end.w_scale.per_channel, "MEASURED": bool(end.partials) and end.kind in ("ACTIVATED", "PACKED"),
     }
 
 

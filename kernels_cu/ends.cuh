@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ends of a grouped GEMM: what a warp does with the sums of a finished tile, by the constants END, Out, Bias, ACT,
-// ROW_SCALES and PER_CHANNEL of the kernel. The weights are the M side of the instructions, and the kernel puts them in such
-// an order that each 16 rows of a fragment are
+// ROW_SCALES, PER_CHANNEL and MEASURED of the kernel. The weights are the M side of the instructions, and the kernel puts them
+// in such an order that each 16 rows of a fragment are
 //   GATED       8 gates, then the 8 ups of the same channels: a thread holds both sides of a product
 //   otherwise   8 even channels, then the 8 odd ones: a thread holds neighbours
 
 constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
-constexpr bool MEASURED = END == ACTIVATED || END == PACKED;  // the largest magnitude is wanted
 
 struct Epilogue {
     void* out;                 // (rows, pitch): Out or e4m3 codes

@@ -11,7 +11,7 @@
 //   ROWS        rows of activations per tile, a multiple of 16
 //   STAGES      stages in shared memory
 //   FP8         the tensor cores multiply e4m3 (from compute capability 8.9 on); otherwise float16, unpacked in registers
-// and END, Out, Bias, ACT, ROW_SCALES and PER_CHANNEL as in gemm_sm90.cu.
+// and END, Out, Bias, ACT, ROW_SCALES, PER_CHANNEL and MEASURED as in gemm_sm90.cu.
 
 constexpr int STEP = 128;      // columns of a stage
 constexpr int CHANNELS = 128;
@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
         for (int group = 0; group < GROUPS; ++group)
             largest = fmaxf(largest, finish(end, mine, scales[group], col + group * APART, sum[group]));
     }
-    if constexpr (END == ACTIVATED) {
+    if constexpr (MEASURED) {
         largest = block_max(largest);
         for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < PARTIALS; i += gridDim.x * THREADS)
             end.partials[i] = i == int(blockIdx.x) ? largest : 0.0f;

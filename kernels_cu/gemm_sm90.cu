@@ -20,7 +20,7 @@
 //   WINDOW      stages whose products the tensor cores add up, before float32 does
 //   END         what happens to a finished tile:
 //                   PRODUCT    the bare product, times unit
-//                   ACTIVATED  scales, bias and activation; float32, and the largest magnitude of the block in partials
+//                   ACTIVATED  scales, bias and activation; float32
 //                   PACKED     the same, in the shorter form that packed.cuh gives
 //                   CODES      the same, quantised with a given scale
 //   Out         PRODUCT: Half | float
@@ -28,6 +28,7 @@
 //   ACT         activation (enum Act), used unless END is PRODUCT
 //   ROW_SCALES  one scale of activations per row instead of one for all or per expert
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
+//   MEASURED    ACTIVATED, PACKED: the largest magnitude of the block is left in partials
 // and the functions wgmma for up to ROWS columns.
 
 constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle

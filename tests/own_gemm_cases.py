@@ -188,24 +188,34 @@ class Layer(Case):
 
     def check_packed(self, tile, activated):
         """PACKED has the bits of ``activated`` but the last eight, and `requantize` their codes."""
-        poison(self.partials)
         groups = packed_rows(len(self.x), self.experts) // GROUP_ROWS
         words = poison(cupy.empty((groups, self.pitch // 8, 3, 4, 8), np.uint32))
         packed, stream = Matrix(words.data.ptr, self.pitch, PACKED), cupy.cuda.get_current_stream().ptr
-        self.launch(words, self.end("PACKED"), tile, to=packed, paired=self.gated)(stream)
-        assert float(self.partials.max()) == (float(abs(activated).max()) if activated.size else 0.0)
-        got = cupy.ascontiguousarray(self.unpacked(words)[self.places()])
-        assert same_bits(got.view(np.uint32), activated.view(np.uint32) & np.uint32(0xFFFFFF00)), f"{tile}: packed"
-        codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
-        scale = poison(cupy.empty(1, np.float32))
-        requantize(
-            0, packed, len(self.x), self.spans.data.ptr, self.experts, Matrix(codes.data.ptr, self.pitch, "uint8"),
-            partials=self.partials.data.ptr, scale_out=scale.data.ptr,
-        )(stream)
-        want = cupy.maximum(self.partials.max(), np.float32(1e-30)) / np.float32(448)
-        assert same_bits(scale[0], want), f"{tile}: scale"
-        assert same_bits(codes[self.valid], e4m3.encode(got / want)), f"{tile}: codes"
-        assert bool((codes[self.nobody] == 0xFF).all()), f"{tile}: wrote to rows of nobody"
+        for mode in ("TENSOR", "TOKEN"):
+            poison(self.partials)
+            end = self.end("PACKED")
+            if mode == "TOKEN":  # its maxima are those of the rows
+                end = end._replace(partials=0)
+            self.launch(words, end, tile, to=packed, paired=self.gated)(stream)
+            got = cupy.ascontiguousarray(self.unpacked(words)[self.places()])
+            assert same_bits(got.view(np.uint32), activated.view(np.uint32) & np.uint32(0xFFFFFF00)), f"{tile}: packed"
+            if mode == "TENSOR":
+                assert float(self.partials.max()) == (float(abs(activated).max()) if activated.size else 0.0)
+                amax = self.partials.max()
+            else:
+                amax = abs(got).max(axis=1, keepdims=True) if len(got) else got[:, :1]
+            codes = poison(cupy.empty((len(self.x), self.pitch), np.uint8))
+            scale = poison(cupy.empty((len(self.x), 1), np.float32))
+            requantize(
+                0, mode, packed, len(self.x), self.spans.data.ptr, self.experts,
+                Matrix(codes.data.ptr, self.pitch, "uint8"), partials=end.partials, scale_out=scale.data.ptr,
+            )(stream)
+            want = cupy.maximum(amax, np.float32(1e-30)) / np.float32(448)
+            assert same_bits(scale[0, 0] if mode == "TENSOR" else scale[self.valid], want), f"{tile}, {mode}: scale"
+            assert same_bits(codes[self.valid], e4m3.encode(got / want)), f"{tile}, {mode}: codes"
+            assert bool((codes[self.nobody] == 0xFF).all()), f"{tile}, {mode}: wrote to rows of nobody"
+            if mode == "TOKEN":
+                assert bool((scale[self.nobody].view(np.uint32) == 0xFFFFFFFF).all()), f"{tile}: scales of nobody"
 
     def unpacked(self, words):
         """(groups * 16, pitch) float32 of the words that ``packed.cuh`` describes."""

@@ -286,12 +286,13 @@ def test_steps(build, scheme):
     assert all(nbytes > 0 for i in range(len(step.launches)) for nbytes in step.nbytes(i))
 
 
-def test_packed_step():
+@pytest.mark.parametrize("scheme", ["tensor", "token"])
+def test_packed_step(scheme):
     """The step takes the packed form, whose words have the upper bytes of the values that are expected of it."""
     case = step_cases.Case(SHAPE, 70, device="cpu")
-    with mock.patch.object(gemms, "PACKED_ROWS", 0), mock.patch.object(compiler, "kernel", FakeKernel), \
+    with mock.patch.object(gemms, "PACKED_ROWS", {scheme: 0}), mock.patch.object(compiler, "kernel", FakeKernel), \
             mock.patch.object(launches, "Launch", launch):  # fmt: skip
-        step = step_cases.requantize(case, "tensor")
+        step = step_cases.requantize(case, scheme)
     assert [launched.kernel.name for launched in step.launches] == ["requantize"]
     assert step.want().shape == (case.rows, case.inner)
     words, x = step_cases.packed(case)

@@ -108,10 +108,10 @@ def grouped_gemm(
     kernel, tile, kind, out, act="silu", bias="None", per_channel=False, per_row=False, invariant=False, k=1024,
     **options,
 ):
-    """One tile and end of a kernel of our own."""
+    """One tile and end of a kernel of our own; the maximum is wanted where rows have no scales."""
     end = tiles.End(
         kind, act, bias=Bias(ADDRESS, bias), x_scale=RowScale(ADDRESS, row_stride=int(per_row)),
-        w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel),
+        w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel), partials=0 if per_row else ADDRESS,
     )  # fmt: skip
     x, y = Matrix(ADDRESS, k, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
@@ -150,7 +150,10 @@ def calls():
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=1, cols=cols, routing=pairs("int32"))
              for _, cols in ROWS_TO_SCAN[:7]]  # fmt: skip
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
-    made += [lambda: launches.requantize(0, packed, 999, ADDRESS, 8, codes, partials=ADDRESS, scale_out=ADDRESS)]
+    made += [
+        lambda m=mode: launches.requantize(0, m, packed, 999, ADDRESS, 8, codes, partials=ADDRESS, scale_out=ADDRESS)
+        for mode in ("TENSOR", "TOKEN")
+    ]
     made += [
         activate(act, FLOATS[(i + i // 3) % 3], mode, ALIGNED[i // 2 % 4], biases[i % 4], bool(i // 3 % 2))
         for i, (act, mode) in enumerate(itertools.product(ACTIVATIONS, enum("Mode")))
@@ -214,7 +217,7 @@ VALUES = {
         "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False},
         "PER_EXPERT": {True, False}, "ALONE": {True, False},
     },
-    "requantize.cu": {},
+    "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
         "VECS": {1, 2, 4, 6, 7, 8}, "ROW_THREADS": {grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
@@ -228,12 +231,12 @@ VALUES = {
         "ROWS": {tile.rows for tile in sm90.TILES},
         "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
-        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "IN_STEP": {True, False},
+        "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "MEASURED": {True, False}, "IN_STEP": {True, False},
     },
     "gemm_mma.cu": {
         "ROWS": {tile.rows for tile in mma.TILES}, "STAGES": {tile.stages for tile in mma.TILES}, "FP8": {True, False},
         "END": {"PRODUCT", "ACTIVATED", "CODES"}, "Out": {"Half", "float"}, "Bias": TYPES | {"None"},
-        "ACT": set(enum("Act")), "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False},
+        "ACT": set(enum("Act")), "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "MEASURED": {True, False},
     },
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},

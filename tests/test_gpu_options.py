@@ -255,7 +255,7 @@ def test_batched_sizes(seed):
 @pytest.mark.parametrize("tokens", [1, 65, 222])
 def test_packed(scheme, tokens, seed, monkeypatch):
     """What GEMM 1 leaves where it is much, here where it is little: routing with gaps, and rows in the padded form."""
-    monkeypatch.setattr(gemms, "PACKED_ROWS", 0)
+    monkeypatch.setattr(gemms, "PACKED_ROWS", {"tensor": 0, "token": 0})
     layer, hidden, *call = make_small(seed, tokens=tokens, inner=2040, routing="wild", **SCHEMES[scheme])
     check_layer(layer, hidden, *call)
     counts = cupy.asarray([0, tokens, 1, 0, tokens // 2, tokens], np.int32)
