@@ -51,6 +51,8 @@ from benchmarks.tables import (
 )
 
 BEGIN, END = "<!-- speed: python -m benchmarks.report -->", "<!-- end of speed -->"
+
+
 def comparisons() -> list[str]:
     """A line for each group of cells: how cupy_moe stands to vLLM and to the floor; and what is not among them."""
     groups = [("45 cells", TABLE, "uniform", "warm"), ("45 cells", TABLE, "uniform", "cold")]

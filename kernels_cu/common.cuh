@@ -276,6 +276,17 @@ __device__ __forceinline__ void store_codes(u8* p, int count, uint2 codes) {
     }
 }
 
+// ---- copies into shared memory ----------------------------------------------------------------------------------
+// Sixteen bytes, or zeros.
+__device__ __forceinline__ void copy_chunk(void* to, const void* from, bool exists = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+// A thread's copies from one close_group to the next are a group; until all of its groups but the last LEFT are there.
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
 // ---- reductions -------------------------------------------------------------------------------------------------
 // The largest of the warp's magnitudes, in every lane: those are in the order of their bits.
 __device__ __forceinline__ float warp_max(float magnitude) {

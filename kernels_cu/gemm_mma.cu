@@ -33,15 +33,6 @@ struct Operands {
 // into different banks.
 __device__ __forceinline__ int place_of(int row, int chunk) { return row * STEP + (chunk ^ row % 8) * 16; }
 
-// Sixteen bytes, or zeros.
-__device__ __forceinline__ void copy(u8* to, const u8* from, bool exists) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-
 // A stage to be copied; goes through those of this block's tiles.
 struct Cursor {
     Walk at;
@@ -64,7 +55,7 @@ __device__ __forceinline__ void copy_weights(u8* stage, const Operands& of, cons
         const int pair = from.at.channel_tile * (CHANNELS / 2) + row / 16 * 8 + row % 8, half = row / 8 % 2;
         const long long channel = (long long)from.at.expert * of.n + (GATED ? pair + half * (of.n / 2) : 2 * pair + half);
         const bool exists = pair < of.n / 2 && column < of.k;
-        copy(stage + place_of(row, chunk), exists ? of.weights + channel * of.k + column : of.weights, exists);
+        copy_chunk(stage + place_of(row, chunk), exists ? of.weights + channel * of.k + column : of.weights, exists);
     }
 }
 
@@ -75,7 +66,7 @@ __device__ __forceinline__ void copy_rows(u8* stage, const Operands& of, const C
     for (int row = threadIdx.x / 8; row < ROWS; row += THREADS / 8) {
         const bool exists = row < from.at.count && column < of.k;
         const u8* source = of.rows + (long long)(from.at.row + row) * of.pitch + column;
-        copy(stage + WEIGHT_BYTES + place_of(row, chunk), exists ? source : of.rows, exists);
+        copy_chunk(stage + WEIGHT_BYTES + place_of(row, chunk), exists ? source : of.rows, exists);
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The many activated values that GEMM 1 leaves PACKED, to the fp8 rows of GEMM 2. Few values are left as they are, and so are
-// rows too wide for shared memory that have a scale each, for which they would be read twice: quantize_shuffle takes them.
+// rows with a scale each that are too wide for two blocks to hold their groups: quantize_shuffle takes them.
 //
 // Constant put in front of this text:
 //   MODE        TENSOR: one scale, that of the maximum in partials; TOKEN: that of each row's maximum
@@ -28,15 +28,6 @@ __device__ __forceinline__ Span find_group(int group, const Span* spans, int exp
 // The first vector of piece `index` of a group, a piece for each column; PARTS vectors on is its next.
 __device__ __forceinline__ int place_of(int index) { return index / PARTS * (PACKED_WORDS * PARTS) + index % PARTS; }
 
-// Sixteen bytes into shared memory, which wait_for_chunks makes sure of for this warp.
-__device__ __forceinline__ void copy_chunk(uint4* to, const uint4* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void wait_for_chunks() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncwarp();
-}
-
 struct Piece {
     uint4 words[PACKED_WORDS];
     Piece() = default;
@@ -53,7 +44,7 @@ struct Piece {
 };
 
 // A piece's codes; `out`: where those of the group's first row and the block's first column go.
-__device__ __forceinline__ void store_codes(const Piece& piece, int index, const Divisor (&by)[4], int rows, u8* out,
+__device__ __forceinline__ void store_piece(const Piece& piece, int index, const Divisor (&by)[4], int rows, u8* out,
                                             long long pitch) {
     float v[COLUMNS][4];
     piece.values(v);
@@ -132,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
         const float scale = scale_of_amax(max_of_partials(partials));
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
         const Divisor by(scale);
-        if (exists) store_codes(piece, i, {by, by, by, by}, span.count, first, out_pitch);
+        if (exists) store_piece(piece, i, {by, by, by, by}, span.count, first, out_pitch);
         __syncwarp();
         if (exists) discard_piece(group, i);
     } else {
@@ -140,13 +131,15 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
 #pragma unroll
             for (int w = 0; w < PACKED_WORDS; ++w)
                 copy_chunk(held + place_of(i) + w * PARTS, group + place_of(i) + w * PARTS);
-        wait_for_chunks();
+        close_group();
+        wait_for_groups<0>();
+        __syncwarp();  // all lanes of a line have copied it
         float largest[4];
         max_of_rows(held, cols, largest);
         const Divisor by[4] = {Divisor(scale_of_amax(largest[0])), Divisor(scale_of_amax(largest[1])),
                                Divisor(scale_of_amax(largest[2])), Divisor(scale_of_amax(largest[3]))};
         for (int i = threadIdx.x; i < cols; i += blockDim.x) {
-            store_codes(Piece(held, i), i, by, span.count, first, out_pitch);
+            store_piece(Piece(held, i), i, by, span.count, first, out_pitch);
             discard_piece(group, i);
         }
         if (threadIdx.x >= PARTS || threadIdx.x % 2 > 0) return;

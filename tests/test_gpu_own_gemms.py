@@ -15,7 +15,7 @@
 | ends, activations | `Channel`, `Scales`, `GATED` or not, columns beyond `cols`, `partials`, `Divisor` |
 | large | 64-bit addresses of weights; 100,000 rows: many tiles for each block, all but its first from `claims` |
 | random | all of this in changing company |
-| launches | the ring, `claims`, early weights, `keep_in_step` over 20,000 launches, with overlap and without |
+| launches | the ring, `claims`, early weights, `keep_in_step` over 100,000 launches, with overlap and without |
 """
 
 import os
@@ -225,7 +225,7 @@ def test_shared_memory_of_one_kernel(kernel, seed):
 @pytest.mark.parametrize("kernel", [*KERNELS, "sm90 in step"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_launches(overlap, kernel, seed, monkeypatch):
-    """Two GEMMs, the second on the codes of the first, 10,000 times each without a pause; more tiles than blocks."""
+    """Two GEMMs, the second on the codes of the first, 50,000 times each without a pause; more tiles than blocks."""
     counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else TILES["sm90"][-1]
     monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
     first = Layer(seed, counts, 256, 64)
@@ -244,7 +244,7 @@ def test_many_launches(overlap, kernel, seed, monkeypatch):
         launches = [launch.overlapping() for launch in launches]
     poison(product)
     codes[second.valid] = 0
-    for _ in range(10_000):
+    for _ in range(50_000):
         for launch in launches:
             launch(stream)
     assert same_bits(product, want)
