@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cupy_moe import compiler, grids
 from cupy_moe.driver import Kernel, Launch
-from cupy_moe.grids import MAX_ROW_THREADS, STRETCH_THREADS, VECTOR, Grid, up
+from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS, STRETCH_THREADS, VECTOR, Grid, up
 from cupy_moe.launches import MAX_THREADS, PARTIALS, UNSCALED, Maps, Matrix, RowScale, Tables
 
 PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
@@ -127,6 +127,8 @@ def _grid(mode: str, tokens: int, cols: int, least: int, *, alone: bool) -> Grid
         grid = grids.whole_rows(tokens, cols)
     else:
         grid = grids.stretches(cols, least if alone else max(least, STRETCH_THREADS))
+        if tokens >= MANY_ROWS and grid.stretches % 2 == 0:
+            grid = Grid(grid.stretches // 2, grid.threads, 2)
     return grid._replace(threads=max(grid.threads, least))
 
 

@@ -14,11 +14,14 @@ do."""
 FEW_VECTORS = 4
 STRETCH_THREADS, NARROW_THREADS = 256, 64
 """Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""
-WORDS_IN_FLIGHT = 4
-"""Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``."""
+WORDS_IN_FLIGHT, STRIPES = 4, 64
+"""Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``; and parts of the
+rows that its blocks go through side by side."""
 MANY_ROWS = 1024
 """Rows from which on every multiprocessor has several blocks."""
-MAX_GRID_Y = 65535
+WORTHWHILE_THREADS = 128
+"""A block that holds a row in registers is not made smaller for the sake of more vectors to a thread."""
+MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
 
 
 class Grid(NamedTuple):
@@ -45,7 +48,8 @@ def whole_rows(rows: int, cols: int, most_threads: int = MAX_ROW_THREADS) -> Gri
     at_least = -(-vectors // most_threads)
     per_thread = at_least
     if rows >= MANY_ROWS:
-        choices = range(max(at_least, 2), max(at_least, 4) + 1)
+        first = max(at_least, 2)
+        choices = [n for n in range(first, max(at_least, 4) + 1) if n == first or n * WORTHWHILE_THREADS <= vectors]
         per_thread = min(choices, key=lambda n: (up(vectors, 32 * n), -n))
     return Grid(1, up(-(-vectors // per_thread), 32), per_thread)
 
@@ -54,7 +58,10 @@ def words(rows: int, words_of_row: int) -> tuple[tuple[int, int], int]:
     """Blocks, and the threads of each row, of a `shuffle_rows` with ``STRETCH_THREADS`` threads per block."""
     needed = -(-words_of_row // WORDS_IN_FLIGHT)
     threads = min(1 << (needed - 1).bit_length(), STRETCH_THREADS)
-    return (-(-rows // (STRETCH_THREADS // threads)), min(-(-needed // threads), MAX_GRID_Y)), threads
+    blocks = -(-rows // (STRETCH_THREADS // threads))
+    if blocks >= MANY_ROWS:
+        blocks = min(up(blocks, STRIPES), MAX_GRID_X)
+    return (blocks, min(-(-needed // threads), MAX_GRID_Y)), threads
 
 
 def up(x: int, multiple: int) -> int:

@@ -5,11 +5,14 @@
 //   Word        u8 | u16 | u32 | u64 | uint4: the widest that divides the row and fits the pointers
 
 constexpr int IN_FLIGHT = 4;  // loads of a thread before its first store
+constexpr u32 STRIPES = 64;   // parts that the rows are in, which the blocks go through side by side
 
 // Each row is that of row_threads neighbouring threads, so that a block has one wide row or many narrow ones. Of a row
 // wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch. The pointers are not
-// __restrict__, so that no load moves behind a store; what is stored leaves the L2 cache first, since a token is read for
-// each of its rows.
+// __restrict__, so that no load moves behind a store.
+// A token is read for each of its rows, and from memory once if these come at about the same time. The rows of an expert are
+// in the order of the tokens: with one or more whole stripes to an expert, or experts to a stripe, and about as many rows to
+// each expert, they do. What is stored leaves the L2 cache first.
 extern "C" __global__ void shuffle_rows(
     const Word* x,                            // (tokens, words)
     long long x_pitch,                        // words from one token to the next
@@ -21,7 +24,9 @@ extern "C" __global__ void shuffle_rows(
     Word* out)                                // (rows, words)
 {
     wait_for_previous_kernel();
-    const u32 row = blockIdx.x * (blockDim.x / u32(row_threads)) + threadIdx.x / u32(row_threads);
+    const u32 stripes = gridDim.x % STRIPES == 0 ? STRIPES : 1;
+    const u32 block = blockIdx.x % stripes * (gridDim.x / stripes) + blockIdx.x / stripes;
+    const u32 row = block * (blockDim.x / u32(row_threads)) + threadIdx.x / u32(row_threads);
     if (row >= u32(rows)) return;
     const int token = dst2src_map[row];
     const bool valid = token >= 0 && token < tokens;

@@ -78,6 +78,17 @@ def test_shuffle_rows(dtype, cols, seed):
         assert_equal(out, want)
 
 
+@pytest.mark.parametrize("rows", [4092, 4093, 5003])
+def test_shuffle_many_rows(rows, seed):
+    """Their blocks do not come in the order of the rows."""
+    x = random_codes(seed, (70, 4096))
+    index = cupy.asarray(np.random.default_rng(seed).integers(-2, 73, rows), np.int32)
+    out = cupy.full((rows + 1, 4096), 77, np.uint8)
+    cupy_moe.shuffle_rows(x, index, out=out[:rows])
+    assert_equal(out[:rows], expected(reference.shuffle_rows, x, index))
+    assert (out[rows] == 77).all()
+
+
 def test_shuffle_rows_of_nothing():
     index = cupy.asarray([0, -1, 3], np.int32)
     assert not cupy_moe.shuffle_rows(cupy.ones((0, 5), np.float32), index).any()
