@@ -10,6 +10,7 @@ than the L2 is read, and each call lies between its own two events; nothing is s
 from __future__ import annotations
 
 import ctypes
+import itertools
 import statistics
 import subprocess
 import time
@@ -170,14 +171,18 @@ def time_cold(
     return _summary(times)
 
 
-def host_us(call: Callable[[], object], calls: int = 30, seconds: float = 0.1) -> float:
+def host_us(
+    call: Callable[[], object], calls: int = 10, least_rounds: int = 20, seconds: float = 0.1
+) -> float:
     """Host time of one eager call in microseconds: wall time of ``calls`` calls that wait for nothing.
 
-    The best of the rounds that fit into ``seconds``, since other processes disturb it. ``calls`` is small enough that
-    the driver's queue of launches (about a thousand) does not fill up.
+    The best of ``least_rounds`` or as many more as fit into ``seconds``, since other processes disturb it. ``calls`` is
+    small enough that the driver's queue of launches (about a thousand) does not fill up.
     """
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    for rounds in itertools.count():
+        if rounds >= least_rounds and time.perf_counter() >= end:
+            break
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(calls):

@@ -248,6 +248,16 @@ def test_the_host_is_timed_again(no_clock, monkeypatch, tmp_path, capsys):
     assert [record["host_us"] for record in json.loads(out.read_text())["records"]] == [20, 19]
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 20), (64.0, 28)])
+def test_the_host_has_rounds_enough(seconds, rounds, monkeypatch):
+    """Twenty, however long they take, or as many as fit into a window; each looks at the clock two or three times."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.time, "perf_counter", itertools.count(0.0).__next__)
+    calls = []
+    assert timing.host_us(lambda: calls.append(0), calls=10, seconds=seconds) == 1e5
+    assert len(calls) == 10 * rounds
+
+
 def test_rounds_take_turns(monkeypatch):
     made = []
     monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(call(), 0, 0))
