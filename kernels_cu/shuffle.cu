@@ -11,8 +11,8 @@ constexpr u32 STRIPES = 64;   // parts that the rows are in, which the blocks go
 // wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch. The pointers are not
 // __restrict__, so that no load moves behind a store.
 // A token is read for each of its rows, and from memory once if these come at about the same time. The rows of an expert are
-// in the order of the tokens: with one or more whole stripes to an expert, or experts to a stripe, and about as many rows to
-// each expert, they do. What is stored leaves the L2 cache first.
+// in the order of the tokens: with whole stripes to each expert, and about as many rows to each, they do, and with several
+// experts to a stripe some of them. What is stored leaves the L2 cache first.
 extern "C" __global__ void shuffle_rows(
     const Word* x,                            // (tokens, words)
     long long x_pitch,                        // words from one token to the next
