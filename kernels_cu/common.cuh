@@ -59,10 +59,9 @@ __device__ __forceinline__ void store_span(Span* to, Span span) {
     const u64 both = u64(u32(span.count)) << 32 | u32(span.row);
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
 }
-__device__ __forceinline__ Span wait_for_span(const Span* from) {
+__device__ __forceinline__ Span load_span(const Span* from) {
     u64 both;
-    do asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
-    while (int(both >> 32) < 0);
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
     return {int(u32(both)), int(both >> 32)};
 }
 

@@ -38,7 +38,7 @@ struct Cursor {
     Walk at;
     int tile = blockIdx.x, step = 0;
     bool exists;
-    __device__ explicit Cursor(const Entry* entries) : at(entries), exists(at.seek(blockIdx.x)) {}
+    __device__ Cursor(const Entry* entries, const Groups& groups) : at(entries, groups), exists(at.seek(blockIdx.x)) {}
     __device__ __forceinline__ void next(int steps) {
         if (++step < steps) return;
         step = 0;
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
     __syncthreads();
 
     // The kernel in front makes the rows, not the weights: those of the first stages are on their way before its end.
-    Cursor weights(entries), next(entries);
+    Cursor weights(entries, groups), next(entries, groups);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i, weights.next(groups.steps)) copy_weights(stage(i), operands, weights);
     wait_for_previous_kernel();
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_gemm_mma(Operan
 
     float largest = 0.0f;
     int read = 0, free = STAGES - 1;
-    Walk at(entries);
+    Walk at(entries, groups);
     for (int tile = blockIdx.x; at.seek(tile); tile += gridDim.x) {
         const Place mine = rows_of_warp(at);
         const int pair = at.channel_tile * (CHANNELS / 2) + threadIdx.x / LANES % 4 * (8 * GROUPS) + threadIdx.x % LANES / 4;

@@ -2,7 +2,7 @@
 // Grouped GEMM for Hopper: each expert's fp8 rows times its fp8 weights, with the activation in the end of GEMM 1.
 //
 // A tile is CHANNELS weight rows by ROWS rows of activations, and the weights are the M side of wgmma: ROWS can be as small
-// as 16, so that a few rows cost no padding, and the same kernel serves many. One thread, the producer, keeps STAGES stages of
+// as 16, so that a few rows cost no padding, and the same kernel serves many. One warp, the producer, keeps STAGES stages of
 // both operands on their way into shared memory (TMA, 128 columns at a time); two consumer warpgroups multiply them, 64
 // weight rows each. The tiles are numbered by a schedule that every block works out itself from the row counts of the
 // experts; a block takes the next one that is left, so that none waits for another. Where rows are many, two blocks form a
@@ -34,7 +34,7 @@
 constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle
 constexpr int CHANNELS = 128;
 constexpr int CONSUMERS = 256;
-constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy thread, and gives its registers away
+constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy warp, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiprocessor
@@ -101,11 +101,12 @@ __device__ __forceinline__ int tile_of_wave(int wave) {
 __device__ __forceinline__ void keep_in_step(const Groups& groups, int wave) {
     constexpr int PATIENCE = 1 << 12;  // some milliseconds
     const int clusters = gridDim.x / CLUSTER;
-    if (rank() == 0) atomicAdd(groups.claims, 1);
+    if (rank() == 0 && elect()) atomicAdd(groups.claims, 1);
     const volatile int* claims = groups.claims;
     for (int i = 0; i < PATIENCE && claims[0] < wave * clusters - clusters / 3 && claims[1] == 0; ++i) {}
 }
 
+// By one warp. What only one lane does is behind elect(): always the same one.
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
     const auto copy_rows_of = [&](int stage, int row, int step) {
@@ -118,28 +119,39 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     const auto wait_for_rows = [&] {
         wait_for_previous_kernel();
         waited = true;
-        for (int stage = 0; stage < early; ++stage) copy_rows_of(stage, ring.place(stage).row, stage % groups.steps);
+        if (!elect()) return;
+        for (int stage = 0, step = 0; stage < early; ++stage) {
+            copy_rows_of(stage, ring.place(stage).row, step);
+            if (++step == groups.steps) step = 0;
+        }
     };
-    Walk at(entries);
+    Walk at(entries, groups);
     RingState state;
     int wave = 0;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
-        next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + atomicAdd(groups.claims, 1);
-        if constexpr (IN_STEP) keep_in_step(groups, wave);
+        int claimed = 0;
+        if (CLUSTER == 1 && elect()) claimed = atomicAdd(groups.claims, 1);
+        if constexpr (IN_STEP) keep_in_step(groups, wave + 1);
+#pragma unroll 1
         for (int step = 0; step < groups.steps; ++step, state.next()) {
             if (!waited && early == EARLY) wait_for_rows();
             wait(ring.empty(state.stage), state.parity ^ 1);  // passes in the first round
-            ring.place(state.stage) = at;
-            expect_bytes(ring.full(state.stage), STAGE_BYTES);
-            copy_weights(ring.stage(state.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
-                         ring.full(state.stage));
-            if (waited) copy_rows_of(state.stage, at.row, step);
-            else ++early;
+            if (elect()) {
+                ring.place(state.stage) = at;
+                expect_bytes(ring.full(state.stage), STAGE_BYTES);
+                copy_weights(ring.stage(state.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
+                             ring.full(state.stage));
+                if (waited) copy_rows_of(state.stage, at.row, step);
+            }
+            early += !waited;
         }
+        // Not sooner: until here nothing waits for the claim. The other lanes have 0.
+        next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + __reduce_add_sync(FULL_WARP, claimed);
     }
     if (!waited) wait_for_rows();
     wait(ring.empty(state.stage), state.parity ^ 1);
+    if (!elect()) return;
     ring.place(state.stage).count = 0;
     arrive(ring.full(state.stage));
     if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
@@ -253,8 +265,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     Entry* entries = ring.entries();
     __shared__ u32 block_largest;
 
-    if (threadIdx.x < LANES) make_schedule(groups, entries);
-    if (threadIdx.x == CONSUMERS) {
+    const bool producer = threadIdx.x / LANES == CONSUMERS / LANES;
+    if (producer) make_schedule(groups, entries);
+    if (threadIdx.x == 0) {
         prefetch_map(weights);
         prefetch_map(rows);
         block_largest = 0;
@@ -271,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         // In all 3 * 168 registers for each thread of three warpgroups: 40 + 2 * 232. Smaller tiles take what they need, and
         // blocks of the kernels around this one run beside them.
         if constexpr (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == CONSUMERS) produce(ring, weights, rows, groups, entries);
+        if (producer) produce(ring, weights, rows, groups, entries);
         __syncwarp();
     } else {
         if constexpr (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

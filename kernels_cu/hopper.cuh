@@ -4,6 +4,14 @@
 
 struct alignas(64) TensorMap { long long words[16]; };
 
+// One lane of a warp whose lanes are all here. The compiler knows that it is one: otherwise it would put a loop over the lanes
+// around every copy.
+__device__ __forceinline__ bool elect() {
+    u32 elected;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(elected));
+    return elected;
+}
+
 // ---- barriers and copies ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {

@@ -10,50 +10,70 @@ struct Groups {
     int* claims;        // {tiles taken, beyond the first of each block unless in clusters; blocks done}, 0 between launches
 };
 
-// An expert with rows; the last entry is the end, with the number of tiles in all.
-struct alignas(16) Entry { int first_tile, expert, row, count; };
+// An expert: the number of its first tile, its rows, and how many tiles those make. Behind the last expert one without rows,
+// with the number of tiles in all.
+struct alignas(16) Entry { int first_tile, row, count, row_tiles; };
 
 // By one warp, as soon as routing knows the spans.
 __device__ __forceinline__ void make_schedule(const Groups& groups, Entry* entries) {
+    constexpr int PER_LANE = 4;  // neighbours, all of whose spans are on their way together
     const int lane = threadIdx.x % LANES;
-    int tiles = 0, used = 0;
-    for (int base = 0; base < groups.experts; base += LANES) {
-        const int expert = base + lane;
-        Span span = {0, 0};
-        if (expert < groups.experts) span = wait_for_span(groups.spans + expert);
-        const int mine = (span.count + ROWS - 1) / ROWS * groups.channel_tiles;
+    int tiles = 0;
+    for (int base = 0; base < groups.experts; base += LANES * PER_LANE) {
+        const int first = base + lane * PER_LANE;
+        Span span[PER_LANE];
+        for (bool known = false; !known;) {
+            known = true;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i)
+                span[i] = first + i < groups.experts ? load_span(groups.spans + first + i) : Span{0, 0};
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) known &= span[i].count >= 0;
+        }
+        int mine = 0, row_tiles[PER_LANE];
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) mine += row_tiles[i] = (u32(span[i].count) + ROWS - 1) / ROWS;
         int inclusive = mine;
+#pragma unroll
         for (int offset = 1; offset < LANES; offset *= 2) {
             const int left = __shfl_up_sync(FULL_WARP, inclusive, offset);
             if (lane >= offset) inclusive += left;
         }
-        const u32 with_rows = __ballot_sync(FULL_WARP, mine > 0);
-        if (mine > 0)
-            entries[used + __popc(with_rows & ((1u << lane) - 1))] = {tiles + inclusive - mine, expert, span.row, span.count};
-        tiles += __shfl_sync(FULL_WARP, inclusive, LANES - 1);
-        used += __popc(with_rows);
+        int before = tiles + (inclusive - mine) * groups.channel_tiles;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            if (first + i < groups.experts) entries[first + i] = {before, span[i].row, span[i].count, row_tiles[i]};
+            before += row_tiles[i] * groups.channel_tiles;
+        }
+        tiles += __shfl_sync(FULL_WARP, inclusive, LANES - 1) * groups.channel_tiles;
     }
-    if (lane == 0) entries[used] = {tiles, 0, 0, 0};
+    if (lane == 0) entries[groups.experts] = {tiles, 0, 0, 0};
+    __syncwarp();
 }
 
 // Where a tile lies.
 struct alignas(16) Place { int expert, channel_tile, row, count; };
 
-// Goes through the tiles. All row tiles of a stretch of weights have consecutive numbers, so that the weights come from memory
-// once.
+// Goes through the tiles; a warp does so together. All row tiles of a stretch of weights have consecutive numbers, so that the
+// weights come from memory once.
 struct Walk : Place {
-    const Entry* entry;
+    const Entry* entries;
+    int experts;
 
-    __device__ explicit Walk(const Entry* entries) : entry(entries) {}
+    __device__ Walk(const Entry* entries, const Groups& groups) : entries(entries), experts(groups.experts) { expert = 0; }
     // Moves on to a tile, whose numbers only grow; false behind the last one.
     __device__ bool seek(int tile) {
-        while (entry->count > 0 && tile >= entry[1].first_tile) ++entry;
-        const Entry here = *entry;
+        // The last entry that begins no later: each lane looks at one, as often as all of them do.
+        for (int begun = LANES; begun == LANES && expert < experts;) {
+            const Entry& of_lane = entries[min(expert + int(threadIdx.x % LANES), experts)];
+            begun = __popc(__ballot_sync(FULL_WARP, of_lane.first_tile <= tile));
+            expert = min(expert + begun - 1, experts);
+        }
+        const Entry here = entries[expert];
         if (here.count == 0) return false;
-        const int within = tile - here.first_tile, row_tiles = (here.count + ROWS - 1) / ROWS;
-        channel_tile = within / row_tiles;
-        const int skipped = (within - channel_tile * row_tiles) * ROWS;
-        expert = here.expert;
+        const u32 within = tile - here.first_tile;
+        channel_tile = here.row_tiles == 1 ? within : within / here.row_tiles;
+        const int skipped = (within - channel_tile * here.row_tiles) * ROWS;
         row = here.row + skipped;
         count = min(here.count - skipped, ROWS);
         return true;
