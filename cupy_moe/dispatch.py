@@ -20,10 +20,16 @@ ROUTE_CLUSTER = 8
 """Blocks that do in one launch, as a cluster, what else takes two if there is more than one."""
 SCAN_VECTORS = 4
 """Vectors that a thread loads at a time to find a maximum, ``IN_FLIGHT`` of ``quantize.cuh``."""
-ALONE_ELEMENTS = 1 << 16
+ALONE_ELEMENTS = 1 << 15
 """Hidden states up to which the blocks that quantise them find their maximum each by itself."""
 MOST_COLUMNS_BESIDE = 1 << 15
 """Columns up to which a thread that holds its part of a token has registers left to find the token's rows."""
+MOST_PAIRS_BESIDE, FINDING_THREADS = 2048, 256
+"""Pairs among which a block can look for the rows of its token, and the threads that it has for more than
+`MAX_ROW_THREADS` pairs at least: with more, a multiprocessor would have fewer blocks."""
+KEYS, IDS_IN_FLIGHT = 128, 8
+"""A multiple of so many keys is in shared memory, ``KEYS`` of ``route_quantize.cu``; and ids that a thread loads at a
+time where it has several."""
 _ROUTE_SHARED_BYTES = 96 * 1024
 _ID_TYPES = {"int32": "int", "int64": "long long"}
 
@@ -149,11 +155,19 @@ def quantize(
     """
     pairs = tokens * routing.topk if routing else 0
     vectors = tokens * -(-cols // VECTOR)
-    alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS
-    few = 0 < pairs <= MAX_ROW_THREADS and out_cols <= MOST_COLUMNS_BESIDE
-    together = few and (alone or mode != "TENSOR")
-    scanning, routes = _scan_threads(vectors), min(_route_warps(pairs) * 32, MAX_ROW_THREADS)
-    grid = _grid(mode, tokens, out_cols, max(scanning if alone else 0, routes if together else 0), alone=alone)
+    few = pairs <= MAX_ROW_THREADS
+    alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS and few
+    together = routing is not None and not (mode == "TENSOR" and (weighted or valid_only)) and (
+        0 < pairs <= MOST_PAIRS_BESIDE and pairs * routing.experts < 1 << 31 and out_cols <= MOST_COLUMNS_BESIDE
+    )
+    scanning = _scan_threads(vectors)
+    if together and not few:  # each block looks through them: one to a token
+        needed = -(-out_cols // VECTOR)
+        threads = FINDING_THREADS if needed <= 2 * FINDING_THREADS else MAX_ROW_THREADS
+        grid = Grid(1, threads, -(-needed // threads))
+    else:
+        routes = min(_route_warps(pairs) * 32, MAX_ROW_THREADS) if together else 0
+        grid = _grid(mode, tokens, out_cols, max(scanning if alone else 0, routes), alone=alone)
     constants: dict[str, Any] = {
         "In": compiler.CUDA_TYPES[x.dtype], "MODE": mode, "VECS": grid.per_thread, "IN_ALIGNED": x.aligned(cols),
         "OUT_ALIGNED": out.aligned(out_cols), "WEIGHTED": weighted, "PER_EXPERT": bool(scale.expert_stride),
@@ -164,26 +178,29 @@ def quantize(
         "scale_in": scale.pointer, "scale_value": scale.value, "scale_stride": scale.row_stride, "out_cols": out_cols,
         "out": out.pointer, "out_pitch": out.pitch, "scale_out": scale_out,
     }
-    if routing and together:
-        kernel = compiler.kernel(
-            "route_quantize.cu", "route_quantize", device, Id=_ID_TYPES[routing.id_dtype], **constants
-        )
-        return [Launch(
-            kernel, (1 + tokens, grid.stretches), grid.threads, shared_bytes=routing.experts * 4,
-            **routing.read(tokens), **routing.written(), **source, **codes,
-        )]
     if routing:
         topk, src2dst, row_experts = routing.topk, routing.maps.src2dst, routing.maps.row_experts
-    source |= {"src2dst_map": src2dst, "topk": topk, "partials": partials}
+    mapped = {"src2dst_map": src2dst, "topk": topk}
+    source["partials"] = partials
 
     def kernel_of(name: str) -> Kernel:
         return compiler.kernel("quantize.cu", name, device, **constants, FRESH=fresh)
 
     amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
-        kernel_of("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-vectors // PARTIALS)), **source,
-        valid_only=valid_only, tokens=tokens,
+        kernel_of("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-vectors // PARTIALS)), **source, **mapped,
+        valid_only=valid_only, in_front=together, tokens=tokens,
     )]
+    if routing and together:
+        kernel = compiler.kernel(
+            "route_quantize.cu", "route_quantize", device, Id=_ID_TYPES[routing.id_dtype],
+            IDS=1 if few else IDS_IN_FLIGHT, **constants,
+        )
+        return [*amax, Launch(
+            kernel, (1 + tokens, grid.stretches), grid.threads,
+            shared_bytes=max(routing.experts, up(pairs, KEYS) + topk) * 4, **routing.read(tokens), **routing.written(),
+            **source, **codes,
+        )]
     return [*(route(device, tokens, routing) if routing else []), *amax, Launch(
-        kernel_of("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, **codes,
+        kernel_of("quantize_shuffle"), (tokens, grid.stretches), grid.threads, **source, **mapped, **codes,
         row_experts=row_experts,
     )]

@@ -10,26 +10,28 @@ extern "C" __global__ void amax_tokens(
     const int* src2dst_map,                   // (tokens, topk), read if WEIGHTED or valid_only
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
     int valid_only,                           // a token without a valid row does not count
+    int in_front,                             // of all kernels of the call
     int tokens,
     int topk,
     int cols,
     float* __restrict__ partials)             // (PARTIALS,)
 {
-    // Without the map this runs beside the routing kernel in front: x is older than that.
-    const bool needs_map = WEIGHTED || valid_only;
-    start_next_kernel();  // it reads nothing but x before its own wait
-    if (needs_map) wait_for_previous_kernel();
+    // Otherwise routing is in front, and this runs beside it, if it can do without the map: x is older than that.
+    const bool waits = in_front || WEIGHTED || valid_only;
+    if (waits) wait_for_previous_kernel();
+    else start_next_kernel();  // it reads nothing but x before its own wait
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
     const float largest = block_max(max_of_tokens(x, x_pitch, tokens, cols, thread, threads, [&](u32 token) {
-        float factor = needs_map ? 0.0f : 1.0f;
-        for (int slot = 0; needs_map && slot < topk; ++slot) {
+        if (!WEIGHTED && !valid_only) return 1.0f;
+        float factor = 0.0f;
+        for (int slot = 0; slot < topk; ++slot) {
             const long long pair = (long long)token * topk + slot;
             if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
         }
         return factor;
     }));
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
-    if (!needs_map) wait_for_previous_kernel();
+    if (!waits) wait_for_previous_kernel();
 }
 
 // One block takes one token (blockIdx.x).

@@ -11,10 +11,10 @@
 //   ALONE       TENSOR without amax_tokens: each block finds the maximum of all tokens
 
 __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
-    float largest = 0.0f;
+    int largest = 0;
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) largest = fmaxf(largest, finite_magnitude(v[j]));
-    return largest;
+    for (int j = 0; j < VECTOR; ++j) largest = max_biased(largest, v[j]);
+    return unbiased(largest);
 }
 
 // The largest finite magnitude of what thread `thread` of `threads` side by side finds in all tokens, times factor(token).

@@ -23,7 +23,7 @@ __device__ __forceinline__ void for_pairs_of_warp(const Shape& shape, int begin,
     const int stop = min(begin + (warp + 1) * span, end);
     for (int i = begin + warp * span; i < stop; i += LANES) {
         const int pair = i + lane;
-        const int expert = pair < stop ? local_expert(shape, pair) : -1;
+        const int expert = pair < stop ? local_expert(shape, shape.ids[pair]) : -1;
         const u32 same = __match_any_sync(FULL_WARP, expert);
         visit(pair, expert, same);
         __syncwarp();
@@ -96,6 +96,7 @@ extern "C" __global__ void IN_CLUSTER route(
     int* expert_counts, int* dst2src_map, int* src2dst_map, int* row_experts, Tables tables, Span* spans)
 {
     const int rank = blockIdx.x;
+    only_wait_for_previous_kernel();
     forget_spans(spans, 0, rank == 0 ? experts : 0);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int pairs_per_block = (pairs + CLUSTER - 1) / CLUSTER;
@@ -127,6 +128,7 @@ extern "C" __global__ void route_count(
     const Id* ids, int pairs, int topk, int experts, const int* expert_map, int map_size, int pairs_per_block,
     int* block_counts, Span* spans)
 {
+    only_wait_for_previous_kernel();
     forget_spans(spans, 0, blockIdx.x == 0 ? experts : 0);
     const Shape shape = {ids, pairs, topk, experts, expert_map, map_size};
     const int first = blockIdx.x * pairs_per_block;
@@ -171,6 +173,7 @@ extern "C" __global__ void route_padded(
     Tables tables, Span* spans)
 {
     const int expert = blockIdx.x;
+    only_wait_for_previous_kernel();
     forget_spans(spans, expert, expert + 1);
     start_kernels_behind();
     const int count = int(max(Id(0), min(Id(max_tokens), expert_num_tokens[expert])));

@@ -15,9 +15,8 @@ struct Shape {
     int map_size;
 };
 
-// The local expert of a pair, -1 if the id is invalid in any way.
-__device__ __forceinline__ int local_expert(const Shape& shape, int pair) {
-    Id id = shape.ids[pair];
+// The local expert of an id, -1 if that is invalid in any way.
+__device__ __forceinline__ int local_expert(const Shape& shape, Id id) {
     if (shape.expert_map) {
         if (id < 0 || id >= shape.map_size) return -1;
         id = shape.expert_map[id];
@@ -38,8 +37,8 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
 // The last warp sees to that, which has no pairs if there is room: what it waits for, no other does.
 __device__ __forceinline__ bool is_last_warp() { return threadIdx.x / LANES == blockDim.x / LANES - 1; }
 __device__ __forceinline__ void forget_spans(Span* spans, int first, int end) {
-    only_wait_for_previous_kernel();
     if (spans && is_last_warp())
+#pragma unroll 1
         for (int i = first + threadIdx.x % LANES; i < end; i += LANES) store_span(spans + i, {0, -1});
 }
 __device__ __forceinline__ void start_kernels_behind() {

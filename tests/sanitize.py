@@ -193,7 +193,7 @@ def gemm_and_layers(rng, routing, backend):
 def run_layer(rng, label, layer, backend):
     experts = cupy_moe.Experts(**{name: device(x) for name, x in layer.items()}, backend=backend)
     hidden_size = layer["w2"].shape[1]
-    for tokens in (40, 1500):
+    for tokens in (40, 300, 1500):  # each finds its own rows, among few pairs or many; or routing is in front
         hidden, ids = draw(rng, (tokens, hidden_size)), rng.integers(-1, EXPERTS + 1, (tokens, TOPK))
         weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
         for _ in range(4):  # the later ones replay a graph

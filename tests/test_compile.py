@@ -146,6 +146,9 @@ def calls():
         routing = pairs(("int32", "int64")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], weighted=i % 3 == 0, per_expert=i % 2 == 1, routing=routing))
     made += [quantize(dtype, "TENSOR", ALIGNED[i], routing=pairs("int32")) for i, dtype in enumerate(FLOATS)]
+    for i, (mode, dtype, rows) in enumerate(itertools.product(enum("Mode"), FLOATS, (300, 2000))):
+        routing = pairs(("int64", "int32")[i % 2])
+        made.append(quantize(dtype, mode, ALIGNED[i % 4], rows=rows, cols=(1024, 4096)[i % 3 > 0], routing=routing))
     made += [quantize("uint8", "STATIC", aligned, routing=pairs("int64")) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=1, cols=cols, routing=pairs("int32"))
              for _, cols in ROWS_TO_SCAN[:7]]  # fmt: skip
@@ -215,7 +218,7 @@ VALUES = {
     "route_quantize.cu": {
         "Id": {"int", "long long"}, "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8},
         "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False},
-        "PER_EXPERT": {True, False}, "ALONE": {True, False},
+        "PER_EXPERT": {True, False}, "ALONE": {True, False}, "IDS": {1, dispatch.IDS_IN_FLIGHT},
     },
     "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {

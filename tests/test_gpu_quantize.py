@@ -24,7 +24,8 @@ from gpu_cases import (
 import cupy_moe
 from cupy_moe import dispatch, e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.launches import Maps, Matrix, RowScale, Tables
+from cupy_moe.grids import MAX_ROW_THREADS
+from cupy_moe.launches import PARTIALS, Maps, Matrix, RowScale, Tables
 
 pytestmark = pytest.mark.gpu
 
@@ -114,7 +115,10 @@ def test_quantize_special_rows(per_token, seed):
 
 # ---- routing and quantisation in one launch -------------------------------------------------------------------------
 
-FEW_PAIRS = ((1, 1, 1, 7), (8, 3, 2, 4096), (64, 85, 6, 700), (600, 64, 8, 1024), (5, 170, 3, 40), (3, 512, 1, 72))
+FEW_PAIRS = (
+    (1, 1, 1, 7), (8, 3, 2, 4096), (64, 85, 6, 700), (600, 64, 8, 1024), (5, 170, 3, 40), (3, 512, 1, 72),
+    (3, 513, 1, 72), (600, 256, 8, 1032), (64, 341, 6, 700), (8, 1024, 2, 264), (5, 2048, 1, 7), (300, 8, 256, 4104),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["uniform", "wild", "mapped"])
@@ -134,6 +138,7 @@ def test_route_quantize(experts, tokens, topk, cols, mode, kind, seed):
     spans, tables = poison(cupy.empty((experts, 2), np.int32)), poison(cupy.empty((4, experts), np.int64))
     codes = poison(cupy.empty((tokens * topk, cols), np.uint8))
     scales = poison(cupy.empty((tokens * topk, 1), np.float32))
+    partials = poison(cupy.empty((PARTIALS,), np.float32))
     launched = dispatch.quantize(
         0, mode, Matrix(x.data.ptr, cols, "float16"), tokens, cols, Matrix(codes.data.ptr, cols, "uint8"), cols,
         routing=dispatch.Pairs(
@@ -141,10 +146,13 @@ def test_route_quantize(experts, tokens, topk, cols, mode, kind, seed):
             expert_map=expert_map.data.ptr if kind == "mapped" else 0, map_size=2 * experts,
             tables=Tables(tables.data.ptr, (1000, 0, 0, 0), (cols, 0, 0, 0)),
         ),
-        scale=RowScale(value=given or 1.0), scale_out=scales.data.ptr,
+        scale=RowScale(value=given or 1.0), scale_out=scales.data.ptr, partials=partials.data.ptr,
     )  # fmt: skip
-    assert [launch.kernel.name for launch in launched] == ["route_quantize"]
-    launched[0](cupy.cuda.get_current_stream().ptr)
+    names = [launch.kernel.name for launch in launched]
+    alone = tokens * cols <= dispatch.ALONE_ELEMENTS and tokens * topk <= MAX_ROW_THREADS
+    assert names == ["amax_tokens"] * (mode == "TENSOR" and not alone) + ["route_quantize"]
+    for launch in launched:
+        launch(cupy.cuda.get_current_stream().ptr)
     for got, table in zip(made, want, strict=True):
         assert_equal(got, table)
     offsets, counts, tokens_of_rows = map(host, (want.expert_offsets, want.expert_counts, want.dst2src_map))
