@@ -14,7 +14,7 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
-constexpr int IN_FLIGHT = 4;  // vectors of a thread of amax_rows that are loaded before the first is used
+constexpr int IN_FLIGHT = 3;  // vectors of a thread of amax_rows that are loaded before the first is used
 
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
