@@ -145,7 +145,8 @@ def calls():
     for i, (mode, dtype) in enumerate(itertools.product(("STATIC", "TOKEN"), FLOATS)):
         routing = pairs(("int32", "int64")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], weighted=i % 3 == 0, per_expert=i % 2 == 1, routing=routing))
-    made += [quantize(dtype, "TENSOR", ALIGNED[i], routing=pairs("int32")) for i, dtype in enumerate(FLOATS)]
+    made += [quantize(dtype, "TENSOR", ALIGNED[i], rows=rows, routing=pairs("int32"))
+             for i, dtype in enumerate(FLOATS) for rows in (2, 9)]  # fmt: skip
     for i, (mode, dtype, rows) in enumerate(itertools.product(enum("Mode"), FLOATS, (300, 2000))):
         routing = pairs(("int64", "int32")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], rows=rows, cols=(1024, 4096)[i % 3 > 0], routing=routing))
