@@ -130,10 +130,10 @@ def draw_parts(figure: Figure) -> None:
 
 
 def _stack(panel: Axes, records: list[dict[str, Any]]) -> None:
-    sums = [sum(record["us"].values()) for record in records]
+    sums = [sum(record["parts"].values()) for record in records]
     places, below = range(len(records)), [0.0] * len(records)
     for part, colour in PARTS.items():
-        shares = [100 * record["us"].get(part, 0.0) / total for record, total in zip(records, sums, strict=True)]
+        shares = [100 * record["parts"].get(part, 0.0) / total for record, total in zip(records, sums, strict=True)]
         panel.bar(places, shares, bottom=below, color=colour, width=0.8, edgecolor="white", lw=0.5, label=part)
         below = [low + share for low, share in zip(below, shares, strict=True)]
     for place, total in zip(places, sums, strict=True):

@@ -86,9 +86,9 @@ def sustained_table(of: Cells) -> list[str]:
 def parts_table() -> list[str]:
     """The parts of a call."""
     records = load(TIMELINE)["records"]
-    parts = list(records[0]["us"])
+    parts = list(records[0]["parts"])
     rows = [
-        [named(record["shape"]), str(record["M"]), record["scheme"], *(f"{record['us'][part]:.1f}" for part in parts)]
+        [named(record["shape"]), str(record["M"]), record["scheme"], *(f"{us:.1f}" for us in record["parts"].values())]
         for record in records
     ]
     return table(["E, topk, K, N", "M", "scales per", *parts], rows)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a call goes: ``python -m benchmarks.timeline --out FILE.json``.
 
-Runs calls of the benchmark's layers, kernel by kernel, under torch's profiler and records the mean duration of each
-part in microseconds: route, quantize, gemm1, activation, gemm2 and combine. Gaps between kernels are in none of them.
+Runs calls of the benchmark's layers, kernel by kernel, under torch's profiler and records the median duration of each
+part in microseconds: route, quantize, gemm1, activation, gemm2 and combine. Gaps between kernels are in none of them;
+``us`` is the median of their sum. The result is checked first.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import cupy_moe
 from benchmarks import cases
 from benchmarks.records import make_header, make_parser, save
+from benchmarks.table import ERROR_LIMITS, Check
 from cupy_moe import pipeline
 
 CALLS, TOKENS = 20, (1, 64, 512, 4096)
@@ -28,7 +31,7 @@ PARTS = {
 
 
 def parts_of(kernels: list[tuple[str, float]]) -> dict[str, float]:
-    """Mean microseconds of each part over ``CALLS`` calls, from (name, us) in the order of execution."""
+    """Microseconds of each part of a call, from (name, us) of its kernels in the order of execution."""
     total = dict.fromkeys(("route", "quantize", "gemm1", "activation", "gemm2", "combine"), 0.0)
     due, multiplied = "gemm1", False
     for name, us in kernels:
@@ -38,15 +41,25 @@ def parts_of(kernels: list[tuple[str, float]]) -> dict[str, float]:
             part = "activation"
         due = {"route": "gemm1", "quantize": "gemm1", "activation": "gemm2"}.get(part or "", due)
         total[part or due] += us
-    return {part: us / CALLS for part, us in total.items()}
+    return total
 
 
-def measure(experts: Any, inputs: cases.Inputs) -> dict[str, float]:
-    """Profile the calls on one cell's inputs."""
+def summed_up(calls: list[dict[str, float]]) -> dict[str, Any]:
+    """What a record says of these calls' parts."""
+    sums = [sum(parts.values()) for parts in calls]
+    return {
+        "us": statistics.median(sums), "us_min": min(sums), "us_max": max(sums),
+        "parts": {part: statistics.median(parts[part] for parts in calls) for part in calls[0]},
+    }  # fmt: skip
 
-    def call() -> None:
-        experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
 
+def measure(experts: Any, inputs: cases.Inputs) -> dict[str, Any]:
+    """Check the result on one cell's inputs, then profile calls."""
+
+    def call() -> torch.Tensor:
+        return experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
+
+    error, unquantized = Check(inputs)(call())
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -56,7 +69,11 @@ def measure(experts: Any, inputs: cases.Inputs) -> dict[str, float]:
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
-    return parts_of([(event.name, event.time_range.elapsed_us()) for event in events])
+    kernels = [(event.name, event.time_range.elapsed_us()) for event in events]
+    count, rest = divmod(len(kernels), CALLS)
+    assert rest == 0, f"{len(kernels)} kernels of {CALLS} calls"
+    calls = [parts_of(kernels[i * count : (i + 1) * count]) for i in range(CALLS)]
+    return {"err": error, "err_unquantized": unquantized, **summed_up(calls)}
 
 
 def main() -> int:
@@ -76,15 +93,19 @@ def main() -> int:
                 backend=options.backend,
             )  # fmt: skip
             for tokens in TOKENS:
-                parts = measure(experts, cases.make_inputs(shape, tokens, scheme, weights=w))
+                inputs = cases.make_inputs(shape, tokens, scheme, weights=w)
+                rates, active = header["rates"], cases.active_experts(inputs.topk_ids)
+                record = measure(experts, inputs)
                 records.append({
                     "device": header["device"], "impl": "cupy_moe", "backend": experts.backend, "shape": list(shape),
-                    "M": tokens, "scheme": scheme, "routing": "uniform", "us": parts,
+                    "M": tokens, "scheme": scheme, "routing": "uniform", "mode": "eager", "l2": "warm",
+                    "floor_us": cases.floor_us(shape, tokens, active, rates["read_bytes_s"], rates["fp8_flop_s"]),
+                    **record,
                 })  # fmt: skip
-                text = ", ".join(f"{part} {us:.1f}" for part, us in parts.items())
-                print(*shape, "M", tokens, scheme, text, flush=True)
+                text = ", ".join(f"{part} {us:.1f}" for part, us in record["parts"].items())
+                print(*shape, "M", tokens, scheme, text, f"error {record['err']:.1e}", flush=True)
     save(options.out, header, records)
-    return 0
+    return int(any(not record["err"] <= ERROR_LIMITS["cupy_moe"] for record in records))
 
 
 if __name__ == "__main__":

@@ -127,8 +127,19 @@ def _scan_threads(vectors: int) -> int:
     return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), MAX_THREADS // 2)
 
 
-def _grid(mode: str, tokens: int, cols: int, least: int, *, alone: bool) -> Grid:
-    """With ``least`` threads or more: some may only look for the maximum, or route."""
+def _grid(mode: str, tokens: int, cols: int, *, pairs: int, alone: bool) -> Grid:
+    """That of ``tokens`` tokens of ``cols`` columns.
+
+    ``pairs``: those among which the blocks look for rows too, 0 if they do not. ``alone``: and for the maximum. Some
+    threads may have nothing else to do.
+    """
+    vectors = -(-cols // VECTOR)
+    if pairs > MAX_ROW_THREADS:  # each block looks through them: one to a token
+        threads = FINDING_THREADS if vectors <= 2 * FINDING_THREADS else MAX_ROW_THREADS
+        return Grid(1, threads, -(-vectors // threads))
+    least = min(_route_warps(pairs) * 32, MAX_ROW_THREADS) if pairs else 0
+    if alone:
+        least = max(least, _scan_threads(tokens * vectors))
     if mode == "TOKEN":
         grid = grids.whole_rows(tokens, cols)
     else:
@@ -146,28 +157,20 @@ def quantize(
 ) -> list[Launch]:
     """``quantize_shuffle``, in mode TENSOR behind ``amax_tokens`` unless ``x`` is small.
 
-    ``routing`` is done too: first, or in the same launch, ``route_quantize``, if both are small. It says where the
-    rows are then, instead of ``topk``, ``src2dst`` and ``row_experts``.
+    ``routing`` is done too: first, or in the same launch, ``route_quantize``, if the pairs are not too many. It says
+    where the rows are then, instead of ``topk``, ``src2dst`` and ``row_experts``.
 
     ``weighted`` puts the router weight on the input.
 
     ``fresh``: the kernel in front makes ``x``, which are rows of experts, and in mode TENSOR the ``partials``.
     """
     pairs = tokens * routing.topk if routing else 0
-    vectors = tokens * -(-cols // VECTOR)
-    few = pairs <= MAX_ROW_THREADS
+    vectors, few = tokens * -(-cols // VECTOR), pairs <= MAX_ROW_THREADS
     alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS and few
     together = routing is not None and not (mode == "TENSOR" and (weighted or valid_only)) and (
         0 < pairs <= MOST_PAIRS_BESIDE and pairs * routing.experts < 1 << 31 and out_cols <= MOST_COLUMNS_BESIDE
     )
-    scanning = _scan_threads(vectors)
-    if together and not few:  # each block looks through them: one to a token
-        needed = -(-out_cols // VECTOR)
-        threads = FINDING_THREADS if needed <= 2 * FINDING_THREADS else MAX_ROW_THREADS
-        grid = Grid(1, threads, -(-needed // threads))
-    else:
-        routes = min(_route_warps(pairs) * 32, MAX_ROW_THREADS) if together else 0
-        grid = _grid(mode, tokens, out_cols, max(scanning if alone else 0, routes), alone=alone)
+    grid = _grid(mode, tokens, out_cols, pairs=pairs if together else 0, alone=alone)
     constants: dict[str, Any] = {
         "In": compiler.CUDA_TYPES[x.dtype], "MODE": mode, "VECS": grid.per_thread, "IN_ALIGNED": x.aligned(cols),
         "OUT_ALIGNED": out.aligned(out_cols), "WEIGHTED": weighted, "PER_EXPERT": bool(scale.expert_stride),

@@ -28,10 +28,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
 // Lets the next kernel start, and waits until the kernel in front, and so everything before it, is done. Two rules make chains
-// of kernels safe. Every kernel waits once. What it reads or writes before that has to have been left alone since before the
-// kernel in front started: that kernel may still be running. Without the launch attribute the kernel in front is done anyway
-// and both instructions do nothing.
-// A kernel may let the next one start before it waits itself. For that next kernel, several kernels may still be running.
+// of kernels safe. Every kernel waits once. What it reads or writes before that is left alone by all kernels that may still be
+// running: by the one in front, and by those in front of that one too if it lets the next one start before it waits itself.
+// Without the launch attribute the kernel in front is done anyway and both instructions do nothing.
 // What the kernel in front writes must not be a `const __restrict__` parameter: loads of those may move to before the wait.
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -154,7 +154,8 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     if (!elect()) return;
     ring.place(state.stage).count = 0;
     arrive(ring.full(state.stage));
-    if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
+    if constexpr (CLUSTER == 1 || IN_STEP)
+        if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }
 
 // The products of a stage, the first COLS rows, on their way into `part`, or added to it.

@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     steps,
     sustained,
     table,
+    timeline,
     timing,
 )  # fmt: skip
 
@@ -334,3 +335,16 @@ def test_file_of_records(tmp_path):
     want = {"header": {"device": "none", "skipped": {}}, "failures": [], "records": [{"M": 1}, {"M": 2}]}
     assert json.loads(out.read_text()) == want
     records.save(None, {}, [])
+
+
+def test_parts_of_a_call():
+    """The two kernels without a name of ours are the GEMMs; what encodes behind the first belongs to the activation."""
+    names = ("route_quantize", "gemm", "quantize_shuffle", "gemm", "combine")
+    parts = timeline.parts_of([(name, float(i + 1)) for i, name in enumerate(names)])
+    assert parts == {"route": 1, "quantize": 0, "gemm1": 2, "activation": 3, "gemm2": 4, "combine": 5}
+    behind = timeline.parts_of([("amax_tokens", 1.0), ("route_quantize", 2.0), ("gemm", 3.0)])
+    assert (behind["quantize"], behind["route"], behind["gemm1"]) == (1, 2, 3)
+    slower = {part: 2 * us for part, us in parts.items()}
+    record = timeline.summed_up([parts, slower, parts])
+    assert (record["us"], record["us_min"], record["us_max"]) == (15, 15, 30)
+    assert record["parts"] == parts
