@@ -14,9 +14,9 @@ do."""
 FEW_VECTORS = 4
 STRETCH_THREADS, NARROW_THREADS = 256, 64
 """Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""
-WORDS_IN_FLIGHT, STRIPES = 4, 64
+WORDS_IN_FLIGHT, MOST_STRIPES = 4, 64
 """Words that a thread of `shuffle_rows` loads before it stores one, ``IN_FLIGHT`` of ``shuffle.cu``; and parts of the
-rows that its blocks go through side by side."""
+rows that its blocks go through side by side, at most."""
 MANY_ROWS = 1024
 """Rows from which on every multiprocessor has several blocks."""
 WORTHWHILE_THREADS = 128
@@ -54,14 +54,20 @@ def whole_rows(rows: int, cols: int, most_threads: int = MAX_ROW_THREADS) -> Gri
     return Grid(1, up(-(-vectors // per_thread), 32), per_thread)
 
 
-def words(rows: int, words_of_row: int) -> tuple[tuple[int, int], int]:
-    """Blocks, and the threads of each row, of a `shuffle_rows` with ``STRETCH_THREADS`` threads per block."""
+def words(tokens: int, rows: int, words_of_row: int) -> tuple[tuple[int, int], int, int]:
+    """Blocks, threads of a row and stripes of a `shuffle_rows` with ``STRETCH_THREADS`` threads per block."""
     needed = -(-words_of_row // WORDS_IN_FLIGHT)
     threads = min(1 << (needed - 1).bit_length(), STRETCH_THREADS)
     blocks = -(-rows // (STRETCH_THREADS // threads))
+    stripes = 1
     if blocks >= MANY_ROWS:
-        blocks = min(up(blocks, STRIPES), MAX_GRID_X)
-    return (blocks, min(-(-needed // threads), MAX_GRID_Y)), threads
+        # One for each expert is best. Nobody says how many there are: the more, the more slots a token has.
+        slots = -(-rows // max(tokens, 1))
+        stripes = min(2 * slots * slots, MOST_STRIPES)
+        blocks = up(blocks, stripes)
+        if blocks > MAX_GRID_X:
+            blocks, stripes = MAX_GRID_X, 1
+    return (blocks, min(-(-needed // threads), MAX_GRID_Y)), threads, stripes
 
 
 def up(x: int, multiple: int) -> int:

@@ -193,11 +193,11 @@ def shuffle_rows(
     types = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
     size = next(n for n in types if not (x % n or out % n or row_bytes % n or pitch_bytes % n))
     words = row_bytes // size
-    grid, row_threads = grids.words(rows, words)
+    grid, row_threads, stripes = grids.words(tokens, rows, words)
     return Launch(
         compiler.kernel("shuffle.cu", "shuffle_rows", device, Word=types[size]), grid, STRETCH_THREADS, x=x,
         x_pitch=pitch_bytes // size, dst2src_map=dst2src, tokens=tokens, rows=rows, words=words,
-        row_threads=row_threads, out=out,
+        row_threads=row_threads, stripes=stripes, out=out,
     )
 
 

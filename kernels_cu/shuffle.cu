@@ -5,14 +5,14 @@
 //   Word        u8 | u16 | u32 | u64 | uint4: the widest that divides the row and fits the pointers
 
 constexpr int IN_FLIGHT = 4;  // loads of a thread before its first store
-constexpr u32 STRIPES = 64;   // parts that the rows are in, which the blocks go through side by side
 
 // Each row is that of row_threads neighbouring threads, so that a block has one wide row or many narrow ones. Of a row
 // wider than IN_FLIGHT words for each of them, blockIdx.y takes every gridDim.y-th stretch. The pointers are not
 // __restrict__, so that no load moves behind a store.
-// A token is read for each of its rows, and from memory once if these come at about the same time. The rows of an expert are
-// in the order of the tokens: with whole stripes to each expert, and about as many rows to each, they do, and with several
-// experts to a stripe some of them. What is stored leaves the L2 cache first.
+// The rows are in stripes, which the blocks go through side by side. A token is read for each of its rows, and from memory once
+// if these come at about the same time. The rows of an expert are in the order of the tokens: with a stripe to each expert, and
+// about as many rows to each, they do. With more stripes it takes longer until a token's other rows come, with fewer only some of
+// them come at that time. What is stored leaves the L2 cache first.
 extern "C" __global__ void shuffle_rows(
     const Word* x,                            // (tokens, words)
     long long x_pitch,                        // words from one token to the next
@@ -21,11 +21,11 @@ extern "C" __global__ void shuffle_rows(
     int rows,
     int words,
     int row_threads,                          // divides the threads of a block
+    int stripes,                              // divides the blocks along x
     Word* out)                                // (rows, words)
 {
     wait_for_previous_kernel();
-    const u32 stripes = gridDim.x % STRIPES == 0 ? STRIPES : 1;
-    const u32 block = blockIdx.x % stripes * (gridDim.x / stripes) + blockIdx.x / stripes;
+    const u32 block = blockIdx.x % u32(stripes) * (gridDim.x / u32(stripes)) + blockIdx.x / u32(stripes);
     const u32 row = block * (blockDim.x / u32(row_threads)) + threadIdx.x / u32(row_threads);
     if (row >= u32(rows)) return;
     const int token = dst2src_map[row];

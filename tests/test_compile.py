@@ -301,12 +301,24 @@ def test_blocks_of_whole_rows(rows, most):
 def test_blocks_of_words(rows):
     """They have every word of every row; rows of one word fill the blocks."""
     for words in (*range(1, 3000), 2**31 - 1):
-        (x, y), threads = grids.words(rows, words)
+        (x, y), threads, stripes = grids.words(rows, rows, words)
+        assert x % stripes == 0
         of_block = grids.STRETCH_THREADS // threads
         assert threads * of_block == grids.STRETCH_THREADS
         assert x * of_block >= rows > (x - 1) * of_block
         assert y * threads * grids.WORDS_IN_FLIGHT >= words or y == grids.MAX_GRID_Y
         assert words > 4 or threads == y == 1
+
+
+@pytest.mark.parametrize(("slots", "want"), [(1, 2), (2, 8), (4, 32), (6, 64), (8, 64)])
+def test_stripes(slots, want):
+    """About as many as models have experts, where blocks are many."""
+    (blocks, _), _, stripes = grids.words(5003, 5003 * slots, 1024)
+    assert stripes == want
+    assert blocks % stripes == 0
+    assert blocks - stripes < 5003 * slots <= blocks
+    assert grids.words(500, 500, 1024)[2] == 1
+    assert grids.words(0, 5003, 1024)[2] == 64
 
 
 def test_wrong_arguments_of_a_launch():

@@ -78,11 +78,12 @@ def test_shuffle_rows(dtype, cols, seed):
         assert_equal(out, want)
 
 
+@pytest.mark.parametrize("tokens", [70, 1000, 5003])
 @pytest.mark.parametrize("rows", [4092, 4093, 5003])
-def test_shuffle_many_rows(rows, seed):
-    """Their blocks do not come in the order of the rows."""
-    x = random_codes(seed, (70, 4096))
-    index = cupy.asarray(np.random.default_rng(seed).integers(-2, 73, rows), np.int32)
+def test_shuffle_many_rows(rows, tokens, seed):
+    """Their blocks do not come in the order of the rows; more or fewer stripes, by the rows of a token."""
+    x = random_codes(seed, (tokens, 4096))
+    index = cupy.asarray(np.random.default_rng(seed).integers(-2, tokens + 3, rows), np.int32)
     out = cupy.full((rows + 1, 4096), 77, np.uint8)
     cupy_moe.shuffle_rows(x, index, out=out[:rows])
     assert_equal(out[:rows], expected(reference.shuffle_rows, x, index))
