@@ -17,7 +17,7 @@ TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h1
 SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
 TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
 PRECISION, INVARIANCE, EARLY = "precision_h100.json", "invariance_h100.json", "early_h100.json"
-SUSTAINED = "sustained_h100.json"
+SUSTAINED, HISTORY = "sustained_h100.json", "history_h100.json"
 
 DISTURBED = 1.25
 """Replays of a graph take the same time again: a median so many times the minimum is not that of the call alone."""
@@ -50,23 +50,29 @@ def mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def cells(
-    *names: str, scheme: str = "tensor", routing: str = "uniform", mode: str = "graph", l2: str = "warm"
-) -> Cells:  # fmt: skip
-    """The records of one kind in these files, cell by cell.
+PLAIN = {"scheme": "tensor", "routing": "uniform", "mode": "graph", "l2": "warm"}
+"""What records are of unless something else is asked for."""
 
-    Of several backends of cupy_moe in a cell, the first to be measured goes by that name, others by their own. Of
-    cells in several files, those of the first file count.
-    """
-    wanted = {"scheme": scheme, "routing": routing, "mode": mode, "l2": l2}
+
+def cells(*names: str, **wanted: str) -> Cells:
+    """The records of one kind in these files, cell by cell; of cells in several files those of the first."""
     found: Cells = {}
     for name in names:
-        of_file: Cells = {}
-        for record in load(name)["records"]:
-            if all(record[key] == value for key, value in wanted.items()):
-                cell = of_file.setdefault((*record["shape"], record["M"]), {})
-                cell[record["backend"] if record["impl"] in cell else record["impl"]] = record
+        of_file = cells_of(load(name)["records"], **wanted)
         found |= {key: cell for key, cell in of_file.items() if key not in found}
+    return found
+
+
+def cells_of(records: Iterable[dict[str, Any]], **wanted: str) -> Cells:
+    """Those of one kind, cell by cell: `PLAIN` but for what is ``wanted``.
+
+    Of several backends of cupy_moe in a cell, the first to be measured goes by that name, others by their own.
+    """
+    found: Cells = {}
+    for record in records:
+        if all(record[key] == value for key, value in (PLAIN | wanted).items()):
+            cell = found.setdefault((*record["shape"], record["M"]), {})
+            cell[record["backend"] if record["impl"] in cell else record["impl"]] = record
     return found
 
 

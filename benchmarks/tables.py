@@ -83,6 +83,20 @@ def sustained_table(of: Cells) -> list[str]:
     return table([*titles, "at the power limit"], rows)
 
 
+def history_table(records: list[dict[str, Any]]) -> list[str]:
+    """A line for each step."""
+    kinds = ("warm", "cold", "prefill")
+
+    def text(means: dict[str, float] | None) -> str:
+        return f"{means['over_floor']:.3f} ({means['vllm']:.3f})" if means else "-"
+
+    rows = [
+        [f"`{record['commit'][:10]}`", record["step"], *(text(record.get(kind)) for kind in kinds)]
+        for record in records
+    ]  # fmt: skip
+    return table(["commit", "with", *kinds], rows, texts=2)
+
+
 def parts_table() -> list[str]:
     """The parts of a call."""
     records = load(TIMELINE)["records"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import report, summary
+from benchmarks import history, report, summary
 from cupy_moe import backend
 
 ROOT, RESULTS = summary.ROOT, summary.RESULTS
@@ -166,6 +166,35 @@ def test_results_say_where_they_come_from(path):
 
 
 COUNTS = {summary.TABLE: 45, summary.PREFILL: 25, summary.SWEEP: 15, summary.BACKENDS: 70}
+
+
+def test_history():
+    """Of each step that has them the means of all cells; of the present tables what they say."""
+    records = summary.load(summary.HISTORY)["records"]
+    assert [record["commit"][:10] for record in records] == [*history.STEPS]
+    assert all(record[l2]["cells"] == 45 for record in records for l2 in ("warm", "cold"))
+    assert all(record["prefill"]["cells"] == 25 for record in records if "prefill" in record)
+    kinds = {"warm": (summary.TABLE, "warm"), "cold": (summary.TABLE, "cold"), "prefill": (summary.PREFILL, "warm")}
+    for kind, (name, l2) in kinds.items():
+        content = summary.load(name)
+        want = [record.get(kind) for record in records if record["commit"] == content["header"]["commit"]]
+        assert want == [history.means(content, l2)], "run: python -m benchmarks.history"
+
+
+def test_history_comes_from_the_commits(monkeypatch, tmp_path):
+    asked = []
+
+    def git(*arguments):
+        asked.append(arguments)
+        return "one\ntwo\n" if arguments[0] == "log" else (RESULTS / arguments[1].split("/")[-1]).read_text()
+
+    commit = summary.load(summary.TABLE)["header"]["commit"]
+    monkeypatch.setattr(history, "_git", git)
+    monkeypatch.setattr(history, "STEPS", {commit[:10]: "a step"})
+    assert history.main(["--out", str(tmp_path / "history.json")]) == 0
+    content = json.loads((tmp_path / "history.json").read_text())
+    assert [(record["commit"], record["step"]) for record in content["records"]] == [(commit, "a step")]
+    assert {("show", f"{one}:benchmarks/results/{summary.TABLE}") for one in ("one", "two")} <= {*asked}
 
 
 def test_the_order_of_the_backends():
