@@ -10,10 +10,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import timing
-
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
@@ -36,6 +32,10 @@ def make_header(
     vllm_ops: str | None = None, vllm_version: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Device, versions, commit, command, clocks as found, and the device's rates measured now."""
+    import torch  # here, since what only writes a file does without
+
+    from benchmarks import timing
+
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy", "vllm"):
         try:
