@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         kinds = {l2: means(tables[commit], l2) for l2 in ("warm", "cold")}
         if commit in prefills:
             kinds["prefill"] = means(prefills[commit], "warm")
-        header = tables[commit]["header"]
-        records.append({"device": header["device"], "commit": header["commit"], "step": step, **kinds})
-    save(out, header | {"command": "python -m benchmarks.history --out FILE.json"}, records)
+        measured = tables[commit]["header"]
+        records.append({"device": measured["device"], "commit": measured["commit"], "step": step, **kinds})
+    save(out, load(TABLE)["header"] | {"command": "python -m benchmarks.history --out FILE.json"}, records)
     return 0
 
 

@@ -61,7 +61,7 @@ def words(tokens: int, rows: int, words_of_row: int) -> tuple[tuple[int, int], i
     blocks = -(-rows // (STRETCH_THREADS // threads))
     stripes = 1
     if blocks >= MANY_ROWS:
-        # One for each expert is best. Nobody says how many there are: the more, the more slots a token has.
+        # About one for each expert, as shuffle.cu says. How many there are is a guess by the slots of a token.
         slots = -(-rows // max(tokens, 1))
         stripes = min(2 * slots * slots, MOST_STRIPES)
         blocks = up(blocks, stripes)

@@ -178,7 +178,7 @@ def test_history():
     for kind, (name, l2) in kinds.items():
         content = summary.load(name)
         want = [record.get(kind) for record in records if record["commit"] == content["header"]["commit"]]
-        assert want == [history.means(content, l2)], "run: python -m benchmarks.history"
+        assert want == [history.means(content, l2)], "name the step in benchmarks/history.py and run it"
 
 
 def test_history_comes_from_the_commits(monkeypatch, tmp_path):
