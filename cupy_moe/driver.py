@@ -17,7 +17,7 @@ from typing import Any
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
-_TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B = 0, 3, 3
+_TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_128B = 0, 3, 2
 _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
@@ -178,7 +178,7 @@ def tensor_map(
     result = library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start), _TENSOR_MAP_UINT8, ctypes.c_uint(rank), ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint * rank)(*box),
-        (ctypes.c_uint * rank)(*[1] * rank), 0, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_256B, 0,
+        (ctypes.c_uint * rank)(*[1] * rank), 0, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_128B, 0,
     )
     check(result, f"tensor map of {sizes} at {pointer:#x}")
     return tuple((ctypes.c_int64 * 16).from_address(start))

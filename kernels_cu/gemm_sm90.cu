@@ -130,6 +130,8 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     int wave = 0;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
+        // Weights that are read once leave the L2 cache to what is read again.
+        const u64 policy = at.alone ? EVICT_FIRST : EVICT_UNCHANGED;
         int claimed = 0;
         if (CLUSTER == 1 && elect()) claimed = atomicAdd(groups.claims, 1);
         if constexpr (IN_STEP) keep_in_step(groups, wave + 1);
@@ -141,7 +143,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
                 ring.place(state.stage) = at;
                 expect_bytes(ring.full(state.stage), STAGE_BYTES);
                 copy_weights(ring.stage(state.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
-                             ring.full(state.stage));
+                             ring.full(state.stage), policy);
                 if (waited) copy_rows_of(state.stage, at.row, step);
             }
             early += !waited;

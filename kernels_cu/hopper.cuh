@@ -59,11 +59,16 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
         "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}"
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
-__device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int column, int group, int expert, u64* barrier) {
+// What the L2 cache makes of a copy's lines, as createpolicy.fractional encodes it for all of them: they are the first to go, or
+// as they would be without a word.
+constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_UNCHANGED = 0x10f0000000000000;
+__device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int column, int group, int expert, u64* barrier,
+                                             u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5, %6}], [%2];"
-        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(0), "r"(group), "r"(expert)
-        : "memory");
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;"
+        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(0), "r"(group), "r"(expert),
+          "l"(policy) : "memory");
 }
 // Has the map fetched before it is needed.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

@@ -59,6 +59,7 @@ struct alignas(16) Place { int expert, channel_tile, row, count; };
 struct Walk : Place {
     const Entry* entries;
     int experts;
+    bool alone;  // no other tile has these weights
 
     __device__ Walk(const Entry* entries, const Groups& groups) : entries(entries), experts(groups.experts) { expert = 0; }
     // Moves on to a tile, whose numbers only grow; false behind the last one.
@@ -71,6 +72,7 @@ struct Walk : Place {
         }
         const Entry here = entries[expert];
         if (here.count == 0) return false;
+        alone = here.row_tiles == 1;
         const u32 within = tile - here.first_tile;
         channel_tile = here.row_tiles == 1 ? within : within / here.row_tiles;
         const int skipped = (within - channel_tile * here.row_tiles) * ROWS;
