@@ -8,10 +8,10 @@ from typing import NamedTuple
 from cupy_moe import compiler, tiles
 from cupy_moe.driver import Launch, tensor_map
 from cupy_moe.launches import PARTIALS, Matrix
-from cupy_moe.tiles import End, Groups, Preference, Tiles
+from cupy_moe.tiles import End, Groups, Preference, Tiles, Weights
 
-CHANNELS, THREADS, STEP = 128, 384, 128
-"""Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_sm90.cu``."""
+STEP, WARPGROUP = 128, 128
+"""Columns of a stage, and threads of a warpgroup, as in ``gemm_sm90.cu``."""
 SHARED_BYTES = 227 << 10
 """What a block can have of shared memory."""
 EARLY = 4
@@ -24,21 +24,30 @@ _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two ba
 
 
 class Tile(NamedTuple):
-    """What a block works on at a time: `CHANNELS` weight rows by ``rows`` rows of activations, in ``stages`` stages.
+    """What a block works on at a time: ``channels`` weight rows by ``rows`` rows of activations, in ``stages`` stages.
 
     ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both. The tensor cores add up
-    the products of ``window`` stages, 1 or 2, in their shorter sums.
+    the products of ``window`` stages, 1 or 2, in their shorter sums. ``channels`` are 128, or 64 with few rows.
     """
 
     rows: int
     stages: int
     cluster: int = 1
     window: int = 1
+    channels: int = 128
 
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
-        stage = STEP * (CHANNELS + self.rows) + _RING_BYTES
+        stage = STEP * (self.channels + self.rows) + _RING_BYTES
         return _SWIZZLE_BYTES + self.stages * stage + (experts + 2) * _ENTRY_BYTES
+
+    def channel_tiles(self, n: int) -> int:
+        """How many of these, or of clusters of them, n weight rows make."""
+        return -(-n // (self.channels * self.cluster))
+
+    def most(self, rows: int, experts: int, n: int) -> int:
+        """How many ``rows`` rows can make in all, however they are spread over the experts."""
+        return tiles.most_row_tiles(rows, self.rows, experts) * self.channel_tiles(n)
 
 
 PREFERRED = (
@@ -56,25 +65,33 @@ PREFERRED = (
     Preference(3000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
-_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED)
-TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
+NARROW, NARROW_COLUMNS = Tile(16, 13, channels=64), 8192
+"""In place of the first where that would leave half of the multiprocessors without a tile, and columns of the weights
+from which on it pays."""
+_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, NARROW)
+TILES, key, candidates = _CHOICE.all, _CHOICE.key, _CHOICE.candidates
 
 
-class Weights(tiles.Weights):
-    """Those of `tiles`, with the tensor map that this kernel reads them through.
+def tile_for(device: int, weights: Weights, rows: int) -> Tile:
+    """What tuning has found for ``rows`` rows in all, or else the default."""
+    tuned, tile = _CHOICE.tuned(device, weights, rows), candidates(rows, weights.experts, weights.k)[0]
+    if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
+        few = 2 * tile.most(rows, weights.experts, weights.n) <= tiles.multiprocessors(device)
+        tile = NARROW if few else tile
+    return tuned or tile
 
-    The tensor map hands out their rows in the order that ``ends.cuh`` describes: of each 16 rows of a tile, the
-    first 8 and the last 8 belong together, a gate with its up or a row with the next.
+
+def weight_map(of: Weights, channels: int) -> tuple[int, ...]:
+    """The tensor map of boxes of ``channels`` weight rows.
+
+    It hands them out in the order that ``ends.cuh`` describes: of each 16 rows of a tile, the first 8 and the last 8
+    belong together, a gate with its up or a row with the next.
     """
-
-    def __init__(
-        self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False
-    ) -> None:
-        super().__init__(pointer, experts, n, k, paired=paired, batch_invariant=batch_invariant)
-        within, across, group = (k, n // 2 * k, 8 * k) if paired else (2 * k, k, 16 * k)
-        self.map = tensor_map(
-            pointer, (k, 8, 2, n // 16, experts), (within, across, group, n * k), (STEP, 8, 2, CHANNELS // 16, 1)
-        )
+    k, n = of.k, of.n
+    within, across, group = (k, n // 2 * k, 8 * k) if of.paired else (2 * k, k, 16 * k)
+    return tensor_map(
+        of.pointer, (k, 8, 2, n // 16, of.experts), (within, across, group, n * k), (STEP, 8, 2, channels // 16, 1)
+    )
 
 
 def grouped_gemm(
@@ -87,19 +104,18 @@ def grouped_gemm(
     if end.x_scale.row_stride and tile.rows > MOST_SCALED_ROWS:
         tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
-        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, STAGES=tile.stages,
+        "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, CHANNELS=tile.channels, STAGES=tile.stages,
         EARLY=min(EARLY, tile.stages), CLUSTER=tile.cluster, WINDOW=tile.window,
         IN_STEP=tile.cluster > 1 and weights.k >= IN_STEP_COLUMNS, **tiles.constants(end, out),
     )
-    channel_tiles = -(-weights.n // (CHANNELS * tile.cluster))
-    most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles
+    most = tile.most(rows, weights.experts, weights.n)
     clusters = min(most, min(tiles.multiprocessors(device), PARTIALS) // tile.cluster)
     return Launch(
-        kernel, (clusters * tile.cluster, 1), THREADS,
-        shared_bytes=tile.shared_bytes(weights.experts), weights={"words": weights.map},
+        kernel, (clusters * tile.cluster, 1), 2 * tile.channels + WARPGROUP,
+        shared_bytes=tile.shared_bytes(weights.experts), weights={"words": weight_map(weights, tile.channels)},
         rows={"words": tensor_map(x.pointer, (weights.k, max(rows, 1)), (x.pitch,), (STEP, tile.rows // tile.cluster))},
         groups=groups._asdict() | {
-            "experts": weights.experts, "channel_tiles": channel_tiles, "steps": -(-weights.k // STEP),
+            "experts": weights.experts, "channel_tiles": tile.channel_tiles(weights.n), "steps": -(-weights.k // STEP),
         },
         end=tiles.epilogue(end, out),
     )

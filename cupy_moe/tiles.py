@@ -50,7 +50,7 @@ class Preference(NamedTuple):
 
 
 class Tiles(Generic[T]):
-    """The tiles of a kernel, each ``preferred`` for some number of rows.
+    """The tiles of a kernel, each ``preferred`` for some number of rows, and ``others`` that are no default of these.
 
     Attributes
     ----------
@@ -58,9 +58,9 @@ class Tiles(Generic[T]):
         What tuning tries.
     """
 
-    def __init__(self, backend: str, preferred: Sequence[Preference]) -> None:
+    def __init__(self, backend: str, preferred: Sequence[Preference], *others: T) -> None:
         self._backend, self._preferred = backend, preferred
-        self.all: tuple[T, ...] = tuple(dict.fromkeys(entry.tile for entry in preferred))
+        self.all: tuple[T, ...] = tuple(dict.fromkeys([*(entry.tile for entry in preferred), *others]))
 
     def key(self, device: int, weights: Weights, rows: int) -> str:
         """Under which `tuning` finds the tile for ``rows`` rows in all."""
@@ -74,11 +74,14 @@ class Tiles(Generic[T]):
         worth = [tile for tile in self.all if min(average / 4, 96) <= tile.rows <= max(32, 4 * average)]
         return [default, *(tile for tile in worth if tile != default)]
 
+    def tuned(self, device: int, weights: Weights, rows: int) -> T | None:
+        """What tuning has found for ``rows`` rows in all."""
+        record = tuning.CACHE.find(self.key(device, weights, rows)) or {}
+        return next((tile for tile in self.all if tile._asdict().items() <= record.items()), None)
+
     def tile_for(self, device: int, weights: Weights, rows: int) -> T:
-        """What tuning has found for ``rows`` rows in all, or else the default."""
-        tuned = tuning.CACHE.find(self.key(device, weights, rows)) or {}
-        found = [tile for tile in self.all if tile._asdict().items() <= tuned.items()]
-        return (found or self.candidates(rows, weights.experts, weights.k))[0]
+        """The same, or else the default."""
+        return self.tuned(device, weights, rows) or self.candidates(rows, weights.experts, weights.k)[0]
 
 
 class Weights:

@@ -12,6 +12,7 @@
 //
 // Constants put in front of this text:
 //   ROWS        rows of activations per tile: N of wgmma
+//   CHANNELS    weight rows per tile, 64 for each consumer warpgroup
 //   STAGES      stages in shared memory
 //   EARLY       of these, whose weights are asked for before there are rows
 //   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
@@ -32,8 +33,7 @@
 // and the functions wgmma for up to ROWS columns.
 
 constexpr int STEP = 128;  // columns of a stage, one row of the 128-byte swizzle
-constexpr int CHANNELS = 128;
-constexpr int CONSUMERS = 256;
+constexpr int CONSUMERS = 2 * CHANNELS;
 constexpr int THREADS = CONSUMERS + 128;  // the producer's warpgroup has one busy warp, and gives its registers away
 constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP;
 constexpr int SUMS = ROWS / 2;  // of a thread
@@ -41,6 +41,7 @@ constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiproc
 constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
 constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
+static_assert(!LARGE || CHANNELS == 128, "setmaxnreg counts two warpgroups");
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
 

@@ -14,6 +14,7 @@ its own, so that memcheck sees where it ends.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from unittest import mock
 
@@ -148,13 +149,14 @@ def combine_and_choose(rng, routing):
 
 
 def own_gemms(only):
-    """Every end of the kernels of our own, in the smallest tile and the largest, with rows cut off, empty experts."""
+    """Every end of the kernels of our own, in the first tile, the largest and the last; rows cut off, empty experts."""
     from own_gemm_cases import TILES, Case, Layer, problem
 
     from cupy_moe import sm90
 
     kernels = [kernel for kernel in TILES if only in (None, kernel.split()[0]) and not problem(kernel)]
-    for tile in [tile for kernel in kernels for tile in (TILES[kernel][0], TILES[kernel][-1])]:
+    chosen = [(of[0], max(of, key=lambda one: tuple(one.tile)), of[-1]) for of in map(TILES.get, kernels)]
+    for tile in dict.fromkeys(itertools.chain(*chosen)):
         counts = [0, 3, 0, tile.rows + 5, 1]
         for padded in (0, tile.rows + 7):
             case = Case(1, counts, 48, 144, max_tokens=padded)

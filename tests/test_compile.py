@@ -232,7 +232,7 @@ VALUES = {
         "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8},
     },
     "gemm_sm90.cu": {
-        "ROWS": {tile.rows for tile in sm90.TILES},
+        "ROWS": {tile.rows for tile in sm90.TILES}, "CHANNELS": {64, 128},
         "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "MEASURED": {True, False}, "IN_STEP": {True, False},

@@ -8,6 +8,7 @@
 | products, row counts | one row tile and several; `multiply_tile` of every eighth of ROWS |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
 | in step | `keep_in_step` |
+| policies | the constants of `hopper.cuh` that tell the L2 cache what to keep |
 | products, n | weight rows beyond n in the last channel tile; both types of `Out`; bits with `batch_invariant` |
 | experts | `make_schedule` over several warps of experts, `Walk.seek` over runs of empty ones, no tile at all |
 | padded | `max_tokens` in place of offsets, rows of nobody between the experts |
@@ -19,12 +20,14 @@
 """
 
 import os
+import re
 
 import numpy as np
 import pytest
 from gpu_cases import W1_KINDS, cupy, free_device_memory, poison, same_bits
 from own_gemm_cases import ALL, KERNELS, TILES, Case, Layer, all_edges, assert_close, edges, problem
 
+import kernels_cu
 from cupy_moe import e4m3, sm90
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.launches import RowScale
@@ -73,6 +76,21 @@ def test_in_step(counts, tile, seed, monkeypatch):
     got, _ = case.product(tile)
     assert_close(got, case.exact(), "float32", tile)
     assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("kernel", ["sm90"])
+def test_policies(kernel):
+    """What `createpolicy` makes is not promised to be a constant; here it is these."""
+    names = {"EVICT_FIRST": "evict_first", "EVICT_UNCHANGED": "evict_unchanged"}
+    made = "".join(
+        f'asm("createpolicy.fractional.L2::{policy}.b64 %0, 1.0;" : "=l"(out[{i}]));'
+        for i, policy in enumerate(names.values())
+    )
+    source = f'extern "C" __global__ void policies(unsigned long long* out) {{ {made} }}'
+    got = cupy.zeros(len(names), np.uint64)
+    cupy.RawKernel(source, "policies")((1,), (1,), (got,))
+    text = kernels_cu.source("hopper.cuh")
+    assert [hex(of) for of in got.get()] == [re.search(rf"\b{name} = (0x\w+)", text)[1] for name in names]
 
 
 @pytest.mark.parametrize("tile", ALL, ids=str)
@@ -226,7 +244,8 @@ def test_shared_memory_of_one_kernel(kernel, seed):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_launches(overlap, kernel, seed, monkeypatch):
     """Two GEMMs, the second on the codes of the first, 50,000 times each without a pause; more tiles than blocks."""
-    counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else TILES["sm90"][-1]
+    clusters = [tile for tile in TILES["sm90"] if tile.tile.cluster > 1]
+    counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else clusters[-1]
     monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
     first = Layer(seed, counts, 256, 64)
     second = Case(seed + 9, counts, 2048, 256)

@@ -45,6 +45,7 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tile.window in (1, 2)
         assert tile.window < tile.stages, "stages that are on their way meanwhile"
         assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
+        assert tile.channels in (64, 128), "of one or two consumer warpgroups"
 
 
 def test_one_block_to_a_multiprocessor():
@@ -118,19 +119,35 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
         assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
 
 
+def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+    usual, narrow, k = sm90.PREFERRED[0].tile, sm90.NARROW, sm90.NARROW_COLUMNS
+    layers = {(8, 4096, k): {1: narrow, 2: narrow, 3: usual}, (8, 4096, k - 16): {2: usual}, (8, 8448, k): {1: narrow},
+              (8, 8464, k): {1: usual}, (1, 4096, k): {1: narrow, 4: narrow, 5: sm90.Tile(32, 6)}}  # fmt: skip
+    for shape, of in layers.items():
+        weights = Weights(0, *shape, paired=False)
+        assert {rows: sm90.tile_for(0, weights, rows) for rows in of} == of, shape
+    weights = Weights(0, 8, 4096, k, paired=False)
+    cache.store({sm90.key(0, weights, 2): {**usual._asdict(), "us": 1.0}})
+    assert sm90.tile_for(0, weights, 2) == usual, "tuning knows better"
+    cache.store({sm90.key(0, weights, 64): {**narrow._asdict(), "us": 1.0}})
+    assert sm90.tile_for(0, weights, 64) == narrow
+
+
+@pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("paired", [False, True])
-def test_order_of_weight_rows(paired):
+def test_order_of_weight_rows(paired, channels):
     """The rows of a tile in shared memory, read through the dimensions and strides of the tensor map."""
     n, k = 256, 32
     made = []
     with mock.patch.object(sm90, "tensor_map", lambda *args: made.append(args) or (0,) * 16):
-        Weights(1 << 20, 2, n, k, paired=paired)
+        sm90.weight_map(Weights(1 << 20, 2, n, k, paired=paired), channels)
     ((pointer, sizes, strides, box),) = made
     assert pointer == 1 << 20
     assert sizes[0] == k
     assert sizes[1] * sizes[2] * sizes[3] == n
     assert (sizes[4], strides[3]) == (2, n * k)
-    assert box[1] * box[2] * box[3] == sm90.CHANNELS
+    assert box[1] * box[2] * box[3] == channels
     rows = [
         (i * strides[0] + half * strides[1] + group * strides[2]) / k
         for group in range(sizes[3]) for half in range(2) for i in range(8)
