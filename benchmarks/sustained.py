@@ -24,7 +24,7 @@ import torch
 from benchmarks import cases, timing
 from benchmarks.peers import PeerUnavailable
 from benchmarks.records import make_header, make_parser, save
-from benchmarks.table import BINDERS, ERROR_LIMITS, PEER_BACKENDS, Bound, Check, parse_cells
+from benchmarks.table import BINDERS, ERROR_LIMITS, IMPLEMENTATIONS, PEER_BACKENDS, Bound, Check, parse_cells
 
 CELLS: cases.Cells = {shape: [64, 1024, 4096, 16384] for shape in cases.SHAPES}
 SECONDS, ROUNDS = 1.2, 4
@@ -125,10 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
     failures: list[dict[str, Any]] = []
     for shape, tokens in options.cells.items():
         weights, binds = cases.make_weights(shape), {}
-        for impl in ("cupy_moe", "vllm"):
+        for impl in IMPLEMENTATIONS:
             try:
                 binds[impl] = BINDERS[impl](weights, shape[1], options, PEER_BACKENDS.get(impl, "auto"))
-            except PeerUnavailable as error:
+            except (PeerUnavailable, ImportError) as error:
                 header["skipped"][impl] = str(error)
         for M in tokens:
             inputs = cases.make_inputs(shape, M, weights=weights)
