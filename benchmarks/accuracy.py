@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report says of accuracy, from ``benchmarks/results/precision_h100.json``."""
+"""What the report says of accuracy, from the results of `benchmarks.precision`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from statistics import fmean, median
 from typing import Any
 
 
-def section(records: list[dict[str, Any]]) -> list[str]:
+def section(records: list[dict[str, Any]], device: str) -> list[str]:
     """Both tables."""
-    return ["## Accuracy", "", *gemm_accuracy(records), "", *layer_accuracy(records)]
+    return ["## Accuracy", "", f"{device}.", "", *gemm_accuracy(records), "", *layer_accuracy(records)]
 
 
 def gemm_accuracy(records: list[dict[str, Any]]) -> list[str]:

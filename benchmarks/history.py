@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks.records import save
-from benchmarks.summary import PREFILL, ROOT, TABLE, cells_of, load, mean, over_floor, speedups
+from benchmarks.summary import DEVICES, PREFILL, ROOT, TABLE, cells_of, load, mean, on, over_floor, speedups
 
 STEPS = {
     "1a4bb280fd": "the products of cuBLASLt, kernels of our own around them",
@@ -30,20 +30,24 @@ STEPS = {
     "ef7e9908ea": "clusters keep in step where rows are long; 24 bits with scales per token too",
     "9e4322f262": "the producer is one warp, whose first copies come earlier; up to 2048 pairs beside the codes",
     "34a5554585": "nothing that a call would notice: what differs is the run",
+    "b373d32200": "the same: what differs is the device",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]
 
 
-def versions_of(name: str) -> dict[str, Content]:
-    """Every content of a file of results, by the first ten digits of the commit that was measured; that of now too."""
-    path = f"benchmarks/results/{name}"
+def versions_of(kind: str) -> dict[str, Content]:
+    """Every content of the files like ``kind``, by the first ten digits of the commit measured; those of now too."""
     found = {}
-    for commit in _git("log", "--reverse", "--diff-filter=AM", "--format=%H", "--", path).split():
-        content = json.loads(_git("show", f"{commit}:{path}"))
-        found[content["header"]["commit"][:10]] = content
-    now = load(name)
-    return found | {now["header"]["commit"][:10]: now}
+    for name in (on(device, kind) for device in DEVICES):
+        path = f"benchmarks/results/{name}"
+        for commit in _git("log", "--reverse", "--diff-filter=AM", "--format=%H", "--", path).split():
+            content = json.loads(_git("show", f"{commit}:{path}"))
+            found[content["header"]["commit"][:10]] = content
+        now = load(name)
+        if now["records"]:
+            found[now["header"]["commit"][:10]] = now
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 from benchmarks import accuracy
 from benchmarks.summary import (
     BACKENDS,
+    DEVICE,
+    DEVICES,
     EAGER,
     EARLY,
     FIRST_CALL,
@@ -30,11 +32,13 @@ from benchmarks.summary import (
     TIMELINE,
     cells,
     choice,
+    device_of,
     disturbed,
     in_turns,
     joules,
     load,
     mean,
+    on,
     over_floor,
     sources,
     speedups,
@@ -55,7 +59,7 @@ from benchmarks.tables import (
 BEGIN, END = "<!-- speed: python -m benchmarks.report -->", "<!-- end of speed -->"
 
 
-def comparisons() -> list[str]:
+def comparisons(device: str) -> list[str]:
     """A line for each group of cells: how cupy_moe stands to vLLM and to the floor; and what is not among them."""
     groups = [("45 cells", TABLE, "uniform", "warm"), ("45 cells", TABLE, "uniform", "cold")]
     groups += [("45 cells", SKEWED, "skewed", "warm")]
@@ -63,7 +67,7 @@ def comparisons() -> list[str]:
     rows, without = [], []
     for what, name, routing, l2 in groups:
         for scheme in ("tensor", "token"):
-            of = cells(name, scheme=scheme, routing=routing, l2=l2)
+            of = cells(on(device, name), scheme=scheme, routing=routing, l2=l2)
             without += [record for cell in of.values() for record in cell.values() if disturbed(record)]
             faster, over = speedups(of).values(), over_floor(of).values()
             if faster:
@@ -73,12 +77,28 @@ def comparisons() -> list[str]:
     return [*table(titles, rows, texts=4), *map(_left_out, without)]
 
 
+def elsewhere() -> list[str]:
+    """The same of the devices that were measured before."""
+    lines = []
+    for device in DEVICES:
+        name = on(device, TABLE)
+        if name != TABLE and load(name)["records"]:
+            commit = load(name)["header"]["commit"][:10]
+            lines += ["", f"On an {device_of(name)}, at commit `{commit}`:", "", *comparisons(device)]
+    return lines
+
+
 def _left_out(record: dict[str, Any]) -> str:
     kind = f"{record['routing']} routing, {record['l2']} L2 cache, scales per {record['scheme']}"
     return (
         f"\nLeft out of its mean: {named_cell(record)}, {kind}, where something disturbed {record['impl']} "
         f"({record['us']:.0f} us in the median, {record['us_min']:.0f} us at least)."
     )
+
+
+def _where(name: str) -> str:
+    """On which device something was measured, unless it is that of the tables."""
+    return "" if device_of(name) == device_of(TABLE) else f" on an {device_of(name)}"
 
 
 def section() -> str:
@@ -90,7 +110,8 @@ def section() -> str:
         "per tensor, warm L2 cache.",
         "", *speed_table(cells(TABLE, PREFILL)), "",
         "![Speed relative to vLLM, every cell](docs/images/speedup.png)", "",
-        "Geometric means of the ratios of times, and their range:", "", *comparisons(), "", *remarks(), "",
+        "Geometric means of the ratios of times, and their range:", "", *comparisons(DEVICE), *elsewhere(), "",
+        *remarks(), "",
         "The floor is the larger of reading the active experts' weights at the read rate of the device and multiplying "
         "at its dense fp8 rate, both measured in the same run, plus reading and writing the activations. All cells, "
         "versions and commands are in [benchmarks/results](benchmarks/results); "
@@ -104,19 +125,20 @@ def remarks() -> list[str]:
     eager = [cell for key, cell in cells(EAGER, mode="eager").items() if key[4] <= 64]
     host, theirs = ([cell[impl]["host_us"] for cell in eager] for impl in ("cupy_moe", "vllm"))
     warm = cells(TABLE).values()
-    records = [record for name in (TABLE, SKEWED, PREFILL) for record in load(name)["records"]]
+    files = [on(device, name) for device in DEVICES for name in (TABLE, SKEWED, PREFILL)]
+    records = [record for name in files for record in load(name)["records"]]
     errors = [record["err"] for record in records if record["impl"] == "cupy_moe"]
     beside = [cell["cupy_moe"]["err_unquantized"] / cell["vllm"]["err_unquantized"] for cell in warm]
     parts = ("library", "experts", "call")
     cold, hot = (sum(record["seconds"][name] for name in parts) for record in load(FIRST_CALL)["records"])
     return [
-        f"- The host's part of an eager call with up to 64 tokens: {median(host):.0f} us in the median and at most "
-        f"{max(host):.0f} us (vLLM's operators: {median(theirs):.0f} us in the median).",
+        f"- The host's part of an eager call with up to 64 tokens{_where(EAGER)}: {median(host):.0f} us in the median "
+        f"and at most {max(host):.0f} us (vLLM's operators: {median(theirs):.0f} us in the median).",
         f"- Relative error against the float32 reference: at most {max(errors):.1e} in all of these cells. Against the "
         "layer without any quantisation of activations, with uniform routing and scales per tensor, it is "
         f"{mean(beside):.3f} times that of vLLM (geometric mean; at most {max(beside):.3f}).",
         *_energy(),
-        f"- The first call of a process, with all compiling: {cold:.1f} s, and {hot:.2f} s once "
+        f"- The first call of a process{_where(FIRST_CALL)}, with all compiling: {cold:.1f} s, and {hot:.2f} s once "
         "the kernels are in CuPy's cache.",
     ]
 
@@ -128,8 +150,9 @@ def _energy() -> list[str]:
         return []
     ratios = [joules(cell["vllm"]) / joules(cell["cupy_moe"]) for cell in both]
     return [
-        f"- Where calls follow one another without pauses, vLLM's operators take {mean(ratios):.2f} times the energy "
-        f"for one (geometric mean of {len(ratios)} cells, from {min(ratios):.2f} to {max(ratios):.2f})."
+        f"- Where calls follow one another without pauses{_where(SUSTAINED)}, vLLM's operators take "
+        f"{mean(ratios):.2f} times the energy for one (geometric mean of {len(ratios)} cells, from "
+        f"{min(ratios):.2f} to {max(ratios):.2f})."
     ]
 
 
@@ -140,17 +163,18 @@ def details() -> str:
         waits = "Each kernel was started when the one in front of it was done, which is not so in a call."
     lines = [
         "## The 45 cells", "",
-        "Scales per tensor, uniform routing, CUDA graph, warm L2 cache. The columns named after another kind have "
-        "vLLM / cupy_moe of that kind.", "",
+        f"{device_of(TABLE)}, scales per tensor, uniform routing, CUDA graph, warm L2 cache. The columns named after "
+        "another kind have vLLM / cupy_moe of that kind.", "",
         "![Speed relative to vLLM, every cell](images/speedup.png)", "", *cells_table(TABLE, SKEWED), "",
     ]  # fmt: skip
     for title, name in (("Prefill", PREFILL), ("One layer with 1 to 16384 tokens", SWEEP)):
         if load(name)["records"]:
-            lines += [f"## {title}", "", *cells_table(name), ""]
+            lines += [f"## {title}", "", f"{device_of(name)}.", "", *cells_table(name), ""]
     lines += [
         "## Time over the floor", "", "![Time over the floor against M](images/floor.png)", "",
         "## Where the time goes", "",
-        "Microseconds by the profiler, without the gaps between kernels. \"route\" has the quantisation with it where "
+        f"{device_of(TIMELINE)}, microseconds by the profiler, without the gaps between kernels. "
+        "\"route\" has the quantisation with it where "
         "one launch does both; \"quantize\" is two kernels where one dynamic scale serves a tensor that is not small; "
         "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
@@ -173,7 +197,8 @@ def details() -> str:
         read, write, copy = (rates[f"{name}_bytes_s"] / 1e12 for name in ("read", "write", "copy"))
         lines += [
             "## The steps one by one", "",
-            "The time of one kernel alone, and the bytes that it has to move over that time: in percent of the rate of "
+            f"{device_of(STEPS)}. The time of one kernel alone, and the bytes that it has to move over that time: in "
+            "percent of the rate of "
             f"a copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
             f"reading alone {read:.2f} and writing alone {write:.2f}." + notes, "", *steps_table(), "",
         ]  # fmt: skip
@@ -181,17 +206,17 @@ def details() -> str:
     if beside:
         lines += [
             "## The backends beside one another", "",
-            f"Scales per tensor, uniform routing, CUDA graph, warm L2 cache, {len(beside)} cells: those of the first "
-            "two tables. The mean is the geometric one.", "", *backends_table(beside), "",
+            f"{device_of(BACKENDS)}, scales per tensor, uniform routing, CUDA graph, warm L2 cache, {len(beside)} "
+            "cells: those of the first two tables. The mean is the geometric one.", "", *backends_table(beside), "",
         ]  # fmt: skip
     cost = choice(load(INVARIANCE)["records"], "batch_invariant")
     if cost:
-        kind = "Scales per token, uniform routing, CUDA graph, warm L2 cache, in turns in one run."
+        kind = f"{device_of(INVARIANCE)}, scales per token, uniform routing, CUDA graph, warm L2 cache, in turns."
         lines += ["## Batch invariance", "", f"What `batch_invariant=True` costs. {kind} {cost}", ""]
     lines += early()
     precision = load(PRECISION)["records"]
     if precision:
-        lines += [*accuracy.section(precision), ""]
+        lines += [*accuracy.section(precision, device_of(PRECISION)), ""]
     lines += history()
     rows = [[f"[{name}](../benchmarks/results/{name})", f"`{commit[:10]}`"] for name, commit in sources().items()]
     lines += ["## What was measured when", "", *table(["results", "commit"], rows, texts=2)]
@@ -216,8 +241,9 @@ def kept_busy() -> list[str]:
     ]  # fmt: skip
     return [
         "## When the device is kept busy", "",
-        f"Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, CUDA graph, warm L2 "
-        "cache. MHz is the clock of the multiprocessors, the last column the share of NVML's readings that found a "
+        f"{header['device']}. Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, "
+        "CUDA graph, warm L2 cache. MHz is the clock of the multiprocessors, the last column the share of NVML's "
+        "readings that found a "
         f"power limit in force, which is {header['power_limit_watts']:.0f} W. W and the energy come from NVML's "
         f"counter, which is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
         f"{dense(header['rates']['fp8_flop_s'])} in a few milliseconds, and kept busy {' and '.join(times)}.", "",
@@ -239,7 +265,8 @@ def early() -> list[str]:
     return [
         "## Weights asked for early", "",
         "Both GEMMs of `sm90` ask for the weights of their first stages before the kernel in front of them is done. "
-        "Scales per tensor, uniform routing, CUDA graph, warm L2 cache, in turns in one run with GEMMs that wait. "
+        f"{device_of(EARLY)}, scales per tensor, uniform routing, CUDA graph, warm L2 cache, in turns in one run with "
+        "GEMMs that wait. "
         f"{choice(records, 'early_weights')} What it saves of the time without it:", "",
         *table(["E, topk, K, N", *(f"M = {M}" for M in tokens)], rows), "",
     ]  # fmt: skip

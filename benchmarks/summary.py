@@ -13,11 +13,29 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TABLE, EAGER, PREFILL, SWEEP = "table_h100.json", "eager_h100.json", "prefill_h100.json", "sweep_h100.json"
-SKEWED, BACKENDS = "skewed_h100.json", "backends_h100.json"
-TIMELINE, STEPS, FIRST_CALL = "timeline_h100.json", "steps_h100.json", "first_call_h100.json"
-PRECISION, INVARIANCE, EARLY = "precision_h100.json", "invariance_h100.json", "early_h100.json"
-SUSTAINED, HISTORY = "sustained_h100.json", "history_h100.json"
+DEVICES = ("h200", "h100")
+"""What results are of, the newest first: the names of their files end with it."""
+
+
+def newest(kind: str) -> str:
+    """The file with the results of a kind, of the newest device that has been measured."""
+    names = [f"{kind}_{device}.json" for device in DEVICES]
+    return next((name for name in names if (RESULTS / name).exists()), names[0])
+
+
+def on(device: str, name: str) -> str:
+    """The file of the same kind of another device."""
+    return f"{name.rpartition('_')[0]}_{device}.json"
+
+
+TABLE = newest("table")
+DEVICE = TABLE.removesuffix(".json").rpartition("_")[2]
+"""That of the tables of cells, which are put together."""
+PREFILL, SWEEP, SKEWED = (f"{kind}_{DEVICE}.json" for kind in ("prefill", "sweep", "skewed"))
+EAGER, BACKENDS = map(newest, ("eager", "backends"))
+TIMELINE, STEPS, FIRST_CALL = map(newest, ("timeline", "steps", "first_call"))
+PRECISION, INVARIANCE, EARLY, SUSTAINED = map(newest, ("precision", "invariance", "early", "sustained"))
+HISTORY = "history.json"
 
 DISTURBED = 1.25
 """Replays of a graph take the same time again: a median so many times the minimum is not that of the call alone."""
@@ -31,6 +49,11 @@ def load(name: str) -> dict[str, Any]:
     path = RESULTS / name
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"header": {}, "records": []}
     return content
+
+
+def device_of(name: str) -> str:
+    """The device that a file of results is of."""
+    return str(load(name)["header"].get("device", "no device"))
 
 
 def sources() -> dict[str, str]:

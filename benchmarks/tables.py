@@ -91,10 +91,10 @@ def history_table(records: list[dict[str, Any]]) -> list[str]:
         return f"{means['over_floor']:.3f} ({means['vllm']:.3f})" if means else "-"
 
     rows = [
-        [f"`{record['commit'][:10]}`", record["step"], *(text(record.get(kind)) for kind in kinds)]
+        [f"`{record['commit'][:10]}`", record["device"], record["step"], *(text(record.get(kind)) for kind in kinds)]
         for record in records
     ]  # fmt: skip
-    return table(["commit", "with", *kinds], rows, texts=2)
+    return table(["commit", "device", "with", *kinds], rows, texts=3)
 
 
 def parts_table() -> list[str]:

@@ -116,11 +116,29 @@ def test_a_disturbed_timing_is_left_out_by_name(impl, monkeypatch, tmp_path):
     assert report.details()
 
 
+def test_every_device_by_its_own_results():
+    """The tables put results of one device together; what only another one has says so."""
+    names = (summary.TABLE, summary.PREFILL, summary.SWEEP, summary.SKEWED)
+    assert {name.removesuffix(".json").rpartition("_")[2] for name in names} == {summary.DEVICE}
+    text, here = report.section(), summary.device_of(summary.TABLE)
+    for device in summary.DEVICES:
+        of = summary.device_of(summary.on(device, summary.TABLE))
+        warm = summary.cells(summary.on(device, summary.TABLE))
+        ratio, over = (summary.mean(made(warm).values()) for made in (summary.speedups, summary.over_floor))
+        part = text if of == here else text.split(f"On an {of}, at commit `", 1)[1]
+        line = next(line for line in part.splitlines() if line.startswith("| 45 cells | uniform | warm | tensor |"))
+        assert line.startswith(f"| 45 cells | uniform | warm | tensor | {ratio:.2f} |")
+        assert line.endswith(f" | {over:.2f} |")
+    elsewhere = {summary.device_of(name) for name in (summary.EAGER, summary.SUSTAINED)} - {here}
+    assert all(f" on an {of}" in text for of in elsewhere)
+
+
 def test_report_of_everything(more_results):
     text, more = report.section(), report.details()
     assert "| M = 512 | M = 4096 |" in text
     assert "| prefill, M from 1024 to 16384 | uniform | warm | tensor |" in text
-    (line,) = (line for line in text.splitlines() if line.startswith("| 45 cells | skewed | warm | token |"))
+    line, *before = (line for line in text.splitlines() if line.startswith("| 45 cells | skewed | warm | token |"))
+    assert len(before) == len([one for one in summary.DEVICES if (RESULTS / summary.on(one, summary.TABLE)).exists()]) - 1
     over = summary.mean(summary.over_floor(summary.cells(summary.TABLE, scheme="token")).values())
     assert line.endswith(f" | {2 * over:.2f} |")
     assert " us | other us | vLLM / cupy_moe | cold L2 | skewed routing | scales per token | floor us |" in more
@@ -165,7 +183,11 @@ def test_results_say_where_they_come_from(path):
     assert content["records"]
 
 
-COUNTS = {summary.TABLE: 45, summary.PREFILL: 25, summary.SWEEP: 15, summary.BACKENDS: 70}
+COUNTS = {
+    summary.on(device, name): count
+    for device in summary.DEVICES
+    for name, count in ((summary.TABLE, 45), (summary.PREFILL, 25), (summary.SWEEP, 15), (summary.BACKENDS, 70))
+}
 
 
 def test_history():
