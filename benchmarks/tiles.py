@@ -35,9 +35,11 @@ def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: 
 
 
 def name_of(tile: dict[str, Any]) -> str:
-    """Rows, blocks to a cluster where it is one, and the window."""
+    """Rows, blocks to a cluster where it is one, the window, and weight rows that are not 128."""
     shared, added = (tile.get(name, 1) for name in ("cluster", "window"))
-    return f"{tile['rows']}" + f" x {shared}" * (shared > 1) + f" by {added}" * (added > 1)
+    channels = tile.get("channels", 128)
+    text = f"{tile['rows']}" + f" x {shared}" * (shared > 1) + f" by {added}" * (added > 1)
+    return text + f" of {channels}" * (channels != 128)
 
 
 def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
