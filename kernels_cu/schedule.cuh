@@ -74,7 +74,7 @@ struct Walk : Place {
         if (here.count == 0) return false;
         alone = here.row_tiles == 1;
         const u32 within = tile - here.first_tile;
-        channel_tile = here.row_tiles == 1 ? within : within / here.row_tiles;
+        channel_tile = alone ? within : within / here.row_tiles;
         const int skipped = (within - channel_tile * here.row_tiles) * ROWS;
         row = here.row + skipped;
         count = min(here.count - skipped, ROWS);
