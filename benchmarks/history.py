@@ -31,7 +31,7 @@ STEPS = {
     "9e4322f262": "the producer is one warp, whose first copies come earlier; up to 2048 pairs beside the codes",
     "34a5554585": "nothing that a call would notice: what differs is the run",
     "b373d32200": "the same: what differs is the device",
-    "345fc55ed7": "weights read once leave the L2 cache first; no copy fetches beyond itself; narrow tiles for one token",
+    "345fc55ed7": "weights read once leave the L2 cache first; copies fetch no more than they take; narrow tiles",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]
