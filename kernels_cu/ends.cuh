@@ -53,7 +53,9 @@ struct Scales {
                 if (within < at.count) rows[i] = end.x_scale[at.row + within];
             }
         } else {
-            rows[0] = pick(end.x_scale, at.expert * end.x_scale_expert_stride, 1.0f);
+            // By threads with a column alone: were it the same in all, it would go to a uniform register, and be waited for.
+            rows[0] = 1.0f;
+            if (col < end.cols) rows[0] = pick(end.x_scale, at.expert * end.x_scale_expert_stride, 1.0f);
         }
     }
     // That of row down + first, for a `down` known when this is compiled and a `first` below 8.

@@ -214,7 +214,8 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ri
             before = take();
         }
     } else {
-        for (int left = steps; left > 0; left -= WINDOW) {
+        int left = steps;
+        do {  // there is a stage, as the compiler should know: it would keep zeros at hand
             float part[COLS / 2];
             start_products<COLS>(part, ring, state, false);
             int before = take();
@@ -227,15 +228,17 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ri
                 before = take();
             }
             add_products<0, COLS>(sum, part, ring, before);
-        }
+            left -= WINDOW;
+        } while (left > 0);
     }
 }
 
-template <int N = 1>
+// Whole tiles first, since each comparison is on the way to the first product.
+template <int N = PIECES>
 __device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps, int count) {
-    if constexpr (N == PIECES) multiply_tile<ROWS>(sum, ring, state, steps);
-    else if (count <= width(N)) multiply_tile<width(N)>(sum, ring, state, steps);
-    else multiply_rows<N + 1>(sum, ring, state, steps, count);
+    if constexpr (N > 1 && width(N - 1) == width(N)) return multiply_rows<N - 1>(sum, ring, state, steps, count);
+    else if (N == 1 || count > width(N - 1)) multiply_tile<width(N)>(sum, ring, state, steps);
+    else multiply_rows<N == 1 ? 1 : N - 1>(sum, ring, state, steps, count);
 }
 
 // Raises `largest` to the bits of the largest finite magnitude of the results if MEASURED.
