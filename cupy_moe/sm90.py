@@ -36,6 +36,16 @@ class Tile(NamedTuple):
     window: int = 1
     channels: int = 128
 
+    @property
+    def box(self) -> int:
+        """Rows that one copy takes, a multiple of 8: of large tiles a quarter or half, so that few rows load as few.
+
+        More copies would take longer than what they spare.
+        """
+        if self.rows <= 48:
+            return self.rows // self.cluster
+        return self.rows // (4 if self.rows % 32 == 0 else 2)
+
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
         stage = STEP * (self.channels + self.rows) + _RING_BYTES
@@ -105,7 +115,7 @@ def grouped_gemm(
         tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, CHANNELS=tile.channels, STAGES=tile.stages,
-        EARLY=min(EARLY, tile.stages), CLUSTER=tile.cluster, WINDOW=tile.window,
+        EARLY=min(EARLY, tile.stages), BOX=tile.box, CLUSTER=tile.cluster, WINDOW=tile.window,
         IN_STEP=tile.cluster > 1 and weights.k >= IN_STEP_COLUMNS, **tiles.constants(end, out),
     )
     most = tile.most(rows, weights.experts, weights.n)
@@ -113,7 +123,7 @@ def grouped_gemm(
     return Launch(
         kernel, (clusters * tile.cluster, 1), 2 * tile.channels + WARPGROUP,
         shared_bytes=tile.shared_bytes(weights.experts), weights={"words": weight_map(weights, tile.channels)},
-        rows={"words": tensor_map(x.pointer, (weights.k, max(rows, 1)), (x.pitch,), (STEP, tile.rows // tile.cluster))},
+        rows={"words": tensor_map(x.pointer, (weights.k, max(rows, 1)), (x.pitch,), (STEP, tile.box))},
         groups=groups._asdict() | {
             "experts": weights.experts, "channel_tiles": tile.channel_tiles(weights.n), "steps": -(-weights.k // STEP),
         },

@@ -15,6 +15,7 @@
 //   CHANNELS    weight rows per tile, 64 for each consumer warpgroup
 //   STAGES      stages in shared memory
 //   EARLY       of these, whose weights are asked for before there are rows
+//   BOX         rows that a copy takes
 //   CLUSTER     blocks to a cluster, 1 or 2: they take neighbouring stretches of weights, and each loads its share of the rows
 //               for all
 //   IN_STEP     clusters wait for one another before each tile
@@ -39,20 +40,15 @@ constexpr int WEIGHT_BYTES = CHANNELS * STEP, STAGE_BYTES = WEIGHT_BYTES + ROWS 
 constexpr int SUMS = ROWS / 2;  // of a thread
 constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiprocessor
 constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
-constexpr int SHARE = ROWS / CLUSTER;  // rows that a block loads
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 static_assert(!LARGE || CHANNELS == 128, "setmaxnreg counts two warpgroups");
 
 __device__ __forceinline__ int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
 
 // ---- multiplication ---------------------------------------------------------------------------------------------
-// N of wgmma has to be a multiple of 8. The last tile of an expert may have few rows: there are multiplications for one to
-// all PIECES of ROWS, up to such a multiple.
-constexpr int PIECES = 8;
-__device__ constexpr int width(int pieces) {
-    const int rows = (ROWS * pieces + PIECES - 1) / PIECES;
-    return (rows + 7) / 8 * 8;
-}
+// The last tile of an expert may have few rows: there are multiplications for one to all PIECES of a tile.
+constexpr int PIECE = ROWS > 160 ? 32 : ROWS > 64 ? 16 : 8, PIECES = (ROWS + PIECE - 1) / PIECE;
+__device__ constexpr int width(int pieces) { return pieces < PIECES ? pieces * PIECE : ROWS; }
 
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16
 // bytes.
@@ -110,9 +106,12 @@ __device__ __forceinline__ void keep_in_step(const Groups& groups, int wave) {
 // By one warp. What only one lane does is behind elect(): always the same one.
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
-    const auto copy_rows_of = [&](int stage, int row, int step) {
-        u8* to = ring.stage(stage) + WEIGHT_BYTES + rank() * (SHARE * STEP);
-        copy_rows<CLUSTER>(to, rows, step * STEP, row + rank() * SHARE, ring.full(stage));
+    // Those that exist, the blocks of a cluster in turns.
+    const auto copy_rows_of = [&](int stage, const Place& at, int step) {
+        u8* to = ring.stage(stage) + WEIGHT_BYTES;
+#pragma unroll 1
+        for (int i = rank() * BOX; i < at.count; i += CLUSTER * BOX)
+            copy_rows<CLUSTER>(to + i * STEP, rows, step * STEP, at.row + i, ring.full(stage));
     };
     // The kernel in front makes the rows, not the weights: stages of those are on their way before its end.
     bool waited = false;
@@ -122,7 +121,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
         waited = true;
         if (!elect()) return;
         for (int stage = 0, step = 0; stage < early; ++stage) {
-            copy_rows_of(stage, ring.place(stage).row, step);
+            copy_rows_of(stage, ring.place(stage), step);
             if (++step == groups.steps) step = 0;
         }
     };
@@ -142,10 +141,10 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
             wait(ring.empty(state.stage), state.parity ^ 1);  // passes in the first round
             if (elect()) {
                 ring.place(state.stage) = at;
-                expect_bytes(ring.full(state.stage), STAGE_BYTES);
+                expect_bytes(ring.full(state.stage), WEIGHT_BYTES + (at.count + BOX - 1) / BOX * (BOX * STEP));
                 copy_weights(ring.stage(state.stage), weights, step * STEP, at.channel_tile * (CHANNELS / 16), at.expert,
                              ring.full(state.stage), policy);
-                if (waited) copy_rows_of(state.stage, at.row, step);
+                if (waited) copy_rows_of(state.stage, at, step);
             }
             early += !waited;
         }
@@ -233,12 +232,17 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[SUMS], const Ring& ri
     }
 }
 
-// Whole tiles first, since each comparison is on the way to the first product.
-template <int N = PIECES>
+// With as few columns as hold `count` rows, which make MOST pieces or fewer and LEAST or more. Each comparison is on the way to
+// the first product: whole tiles take one.
+template <int LEAST = 1, int MOST = PIECES>
 __device__ __forceinline__ void multiply_rows(float (&sum)[SUMS], const Ring& ring, RingState& state, int steps, int count) {
-    if constexpr (N > 1 && width(N - 1) == width(N)) return multiply_rows<N - 1>(sum, ring, state, steps, count);
-    else if (N == 1 || count > width(N - 1)) multiply_tile<width(N)>(sum, ring, state, steps);
-    else multiply_rows<N == 1 ? 1 : N - 1>(sum, ring, state, steps, count);
+    if constexpr (LEAST == MOST) {
+        multiply_tile<width(LEAST)>(sum, ring, state, steps);
+    } else {
+        constexpr int LESS = MOST == PIECES ? PIECES - 1 : (LEAST + MOST) / 2;
+        if (count > width(LESS)) multiply_rows<LESS + 1, MOST>(sum, ring, state, steps, count);
+        else multiply_rows<LEAST, LESS>(sum, ring, state, steps, count);
+    }
 }
 
 // Raises `largest` to the bits of the largest finite magnitude of the results if MEASURED.

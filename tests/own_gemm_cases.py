@@ -12,7 +12,6 @@ from gpu_cases import CODE_STD, cupy, host, normal, poison, random_codes, relati
 
 from cupy_moe import backend, e4m3, mma, sm90
 from cupy_moe.activations import ACTIVATIONS, activate
-from cupy_moe.grids import up
 from cupy_moe.launches import (
     GROUP_ROWS,
     NO_BIAS,
@@ -70,8 +69,9 @@ def problem(kernel):
 def edges(tile):
     """Numbers of rows around everything that depends on ROWS."""
     rows = tile.rows
-    parts = [up(-(-rows * n // 8), 8) for n in range(1, 9)]  # as `width` of gemm_sm90.cu has them
-    return sorted({0, 1, *(part + by for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
+    piece = 32 if rows > 160 else 16 if rows > 64 else 8  # as in gemm_sm90.cu
+    parts = {*range(0, rows, piece), *range(0, rows, getattr(tile.tile, "box", rows)), rows}
+    return sorted({*(max(part + by, 0) for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
 
 
 def all_edges(kernel):

@@ -234,6 +234,7 @@ VALUES = {
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES}, "CHANNELS": {64, 128},
         "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
+        "BOX": {tile.box for tile in sm90.TILES},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "MEASURED": {True, False}, "IN_STEP": {True, False},
     },

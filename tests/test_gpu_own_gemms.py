@@ -5,7 +5,7 @@
 
 | test | what it reaches in the kernel |
 | --- | --- |
-| products, row counts | one row tile and several; `multiply_tile` of every eighth of ROWS |
+| products, row counts | one row tile and several; `multiply_tile` of every number of pieces; copies left out |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
 | in step | `keep_in_step` |
 | policies | the constants of `hopper.cuh` that tell the L2 cache what to keep |

@@ -44,7 +44,7 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tile.cluster in (1, 2)
         assert tile.window in (1, 2)
         assert tile.window < tile.stages, "stages that are on their way meanwhile"
-        assert tile.rows % (8 * tile.cluster) == 0, "shares of the rows, in whole groups of the swizzle"
+        assert tile.rows % tile.box == tile.box % 8 == 0, "whole copies, in whole groups of the swizzle"
         assert tile.channels in (64, 128), "of one or two consumer warpgroups"
 
 
