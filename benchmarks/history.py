@@ -32,6 +32,7 @@ STEPS = {
     "34a5554585": "nothing that a call would notice: what differs is the run",
     "b373d32200": "the same: what differs is the device",
     "345fc55ed7": "weights read once leave the L2 cache first; copies fetch no more than they take; narrow tiles",
+    "0919a3fade": "short row tiles load and multiply what they have; no tile waits for its scale",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]
