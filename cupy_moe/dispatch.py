@@ -141,7 +141,7 @@ def _grid(mode: str, tokens: int, cols: int, *, pairs: int, alone: bool) -> Grid
     if alone:
         least = max(least, _scan_threads(tokens * vectors))
     if mode == "TOKEN":
-        grid = grids.whole_rows(tokens, cols)
+        grid = grids.whole_rows(cols, several=tokens >= MANY_ROWS)
     else:
         grid = grids.stretches(cols, least if alone else max(least, STRETCH_THREADS))
         if tokens >= MANY_ROWS and grid.stretches % 2 == 0:

@@ -32,26 +32,30 @@ class Grid(NamedTuple):
     per_thread: int
 
 
-def stretches(cols: int, most_threads: int = STRETCH_THREADS) -> Grid:
-    """Rows of ``cols`` columns, cut where it suits."""
-    vectors = -(-cols // VECTOR)
+def stretches(cols: int, most_threads: int = STRETCH_THREADS, per_thread: int = 1) -> Grid:
+    """Rows of ``cols`` columns, cut where it suits, with ``per_thread`` vectors to a thread."""
+    vectors = -(-cols // (VECTOR * per_thread))
     threads = min(most_threads, up(vectors, 32))
-    return Grid(-(-vectors // threads), threads, 1)
+    return Grid(-(-vectors // threads), threads, per_thread)
 
 
-def whole_rows(rows: int, cols: int, most_threads: int = MAX_ROW_THREADS) -> Grid:
-    """A block holds a row."""
+def whole_rows(cols: int, most_threads: int = MAX_ROW_THREADS, *, several: bool) -> Grid:
+    """A block holds a row. ``several``: few threads with several vectors in flight, and as little idle as may be."""
     vectors = -(-cols // VECTOR)
     if vectors > FEW_VECTORS * most_threads:
         most_threads = MAX_ROW_THREADS
-    # Few rows: many threads for each. Many: few threads with several vectors in flight, and as little idle as may be.
     at_least = -(-vectors // most_threads)
     per_thread = at_least
-    if rows >= MANY_ROWS:
+    if several:
         first = max(at_least, 2)
         choices = [n for n in range(first, max(at_least, 4) + 1) if n == first or n * WORTHWHILE_THREADS <= vectors]
         per_thread = min(choices, key=lambda n: (up(vectors, 32 * n), -n))
     return Grid(1, up(-(-vectors // per_thread), 32), per_thread)
+
+
+def bound(threads: int) -> int:
+    """The least of the numbers of threads that a kernel is compiled for which is at least ``threads``."""
+    return next(n for n in (STRETCH_THREADS, MAX_ROW_THREADS, MORE_ROW_THREADS) if threads <= n)
 
 
 def words(tokens: int, rows: int, words_of_row: int) -> tuple[tuple[int, int], int, int]:

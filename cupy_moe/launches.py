@@ -130,18 +130,20 @@ def activation_quantize(
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    most = grids.MORE_ROW_THREADS if x.itemsize == 2 and bias.dtype == NO_BIAS.dtype else grids.MAX_ROW_THREADS
-    grid = grids.whole_rows(rows, out_cols, most) if mode == "TOKEN" else grids.stretches(out_cols)
-    if grid.per_thread > grids.FEW_VECTORS:
-        most = grids.MAX_ROW_THREADS
+    if mode == "TOKEN":
+        # Many threads to a row, few vectors to each: some activate while others wait for memory.
+        more = x.itemsize == 2 and bias.dtype == NO_BIAS.dtype
+        grid = grids.whole_rows(out_cols, grids.MORE_ROW_THREADS if more else grids.MAX_ROW_THREADS, several=False)
+    else:
+        grid = grids.stretches(out_cols, per_thread=2 if rows >= grids.MANY_ROWS else 1)
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
             Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
-            VECS=grid.per_thread, ROW_THREADS=most, IN_ALIGNED=aligned, OUT_ALIGNED=out.aligned(out_cols),
-            PER_CHANNEL=w_scale.per_channel,
+            VECS=grid.per_thread, ROW_THREADS=grids.bound(grid.threads), IN_ALIGNED=aligned,
+            OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
         )
 
     source = {
@@ -169,20 +171,21 @@ def combine(
     # All tokens of a stretch run one after another: the scales of its columns stay in the L1 cache.
     grid = grids.stretches(cols, grids.NARROW_THREADS if w_scale.per_channel else grids.STRETCH_THREADS)
     # With scales or bias for each column a slot takes more registers, and with many tokens more blocks are worth more.
-    heavy = w_scale.per_channel or bias.pointer
-    most = 2 if heavy and tokens >= grids.MANY_ROWS else 16 // x.itemsize
+    most, of_block = 16 // x.itemsize, 1
+    if tokens >= grids.MANY_ROWS:
+        most, of_block = (2, 2) if w_scale.per_channel or bias.pointer else (most, 4)
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
-        Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk,
+        Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk, TOKENS=of_block,
         IN_ALIGNED=x.aligned(cols) and _columns_aligned(cols, w_scale, bias), OUT_ALIGNED=out.aligned(cols),
         PER_CHANNEL=w_scale.per_channel, MOST=most,
     )
     return Launch(
-        kernel, (tokens, grid.stretches), grid.threads, x=x.pointer, x_pitch=x.pitch, rows=rows, src2dst_map=src2dst,
-        row_experts=row_experts, topk_weights=topk_weights, x_scale=x_scale.pointer,
-        x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride, unit=x_scale.times(unit),
-        w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, bias=bias.pointer, skip_padding=skip_padding,
-        cols=cols, out=out.pointer, out_pitch=out.pitch,
+        kernel, (-(-tokens // of_block), grid.stretches), grid.threads, x=x.pointer, x_pitch=x.pitch, rows=rows,
+        tokens=tokens, src2dst_map=src2dst, row_experts=row_experts, topk_weights=topk_weights,
+        x_scale=x_scale.pointer, x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride,
+        unit=x_scale.times(unit), w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, bias=bias.pointer,
+        skip_padding=skip_padding, cols=cols, out=out.pointer, out_pitch=out.pitch,
     )
 
 

@@ -14,7 +14,7 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
-constexpr int IN_FLIGHT = 3;  // vectors of a thread of amax_rows that are loaded before the first is used
+constexpr int SCAN_THREADS = 512, SCAN_BLOCKS = IN_ALIGNED ? 2 : 1;  // of amax_rows; blocks per multiprocessor, at least
 
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
@@ -35,68 +35,107 @@ __device__ __forceinline__ int expert_of(const Source& source, int row) {
     return source.row_experts ? source.row_experts[row] : 0;
 }
 
-__device__ __forceinline__ float row_scale_of(const Source& source, int row, int expert) {
+// Of a row, what one weight scale per expert and the row make of the gates and of the ups.
+struct Factors { float gate, up; };
+
+__device__ __forceinline__ Factors factors_of(const Source& source, int row, int expert) {
     const long long index = (long long)row * source.x_scale_row_stride + expert * source.x_scale_expert_stride;
-    return source.unit * pick(source.x_scale, index, 1.0f);
+    const float row_scale = source.unit * pick(source.x_scale, index, 1.0f);
+    if constexpr (PER_CHANNEL) return {row_scale, row_scale};
+    const float* of_expert = source.w_scale ? source.w_scale + (long long)expert * source.w_scale_stride : nullptr;
+    return {row_scale * pick(of_expert, 0, 1.0f), row_scale * pick(of_expert, source.w_scale_up, 1.0f)};
 }
 
-// Eight columns of the gates (up = 0) or the ups (up = 1): x * (row scale * weight scale) + bias.
-__device__ __forceinline__ void load_scaled(const Source& source, int row, int expert, float row_scale, int col, int up,
-                                            float (&v)[VECTOR]) {
-    // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
-    if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
-    const int count = source.cols - col;
-    load_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count, v);
-    const long long at = (long long)expert * source.w_scale_stride + up * source.w_scale_up;
-    float scale[VECTOR], shift[VECTOR];
-    if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(source.w_scale + at + col, count, scale);
-    const float expert_scale = PER_CHANNEL ? 1.0f : pick(source.w_scale, at, 1.0f);
-    if constexpr (sizeof(Bias) > 1) {
-        const long long columns = (GATED ? 2 : 1) * (long long)source.cols;
-        load_vector<IN_ALIGNED>(source.bias + expert * columns + up * source.cols + col, count, shift);
-    }
-#pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-        const float factor = row_scale * (PER_CHANNEL ? scale[j] : expert_scale);
-        v[j] = sizeof(Bias) > 1 ? fmaf(v[j], factor, shift[j]) : v[j] * factor;
-    }
-}
+// Eight columns of the gates (up = 0) or the ups (up = 1), and what they have of scales and bias.
+struct Columns {
+    Vector<In> x;
+    Vector<float> scale;
+    Vector<Bias> shift;
 
-// Eight activated columns, zeros from cols on; returns the larger of their largest finite magnitude and `largest`, biased.
-__device__ __forceinline__ int load_activated(const Source& source, int row, int expert, float row_scale, int col, int largest,
-                                              float (&v)[VECTOR]) {
-    float up[VECTOR];
-    load_scaled(source, row, expert, row_scale, col, 0, v);
-    if constexpr (GATED) load_scaled(source, row, expert, row_scale, col, 1, up);
-#pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-        v[j] = col + (IN_ALIGNED ? 0 : j) < source.cols ? activate<ACT>(v[j], GATED ? up[j] : 0.0f) : 0.0f;
-        largest = max_biased(largest, v[j]);
+    __device__ __forceinline__ void load(const Source& source, int row, int expert, int col, int up) {
+        // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
+        if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
+        const int count = source.cols - col;
+        x = read_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count);
+        if constexpr (PER_CHANNEL)
+            scale = read_vector<IN_ALIGNED>(
+                source.w_scale + (long long)expert * source.w_scale_stride + up * source.w_scale_up + col, count);
+        if constexpr (sizeof(Bias) > 1)
+            shift = read_vector<IN_ALIGNED>(
+                source.bias + expert * (GATED ? 2LL : 1LL) * source.cols + up * source.cols + col, count);
     }
-    return largest;
-}
+
+    // x * (row scale * weight scale) + bias
+    __device__ __forceinline__ void scaled(float factor, float (&v)[VECTOR]) const {
+        float by[VECTOR], add[VECTOR];
+        x.values(v);
+        if constexpr (PER_CHANNEL) scale.values(by);
+        if constexpr (sizeof(Bias) > 1) shift.values(add);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            const float all = PER_CHANNEL ? factor * by[j] : factor;
+            v[j] = sizeof(Bias) > 1 ? fmaf(v[j], all, add[j]) : v[j] * all;
+        }
+    }
+};
+
+// Eight columns before their activation.
+struct Unactivated {
+    Columns gate, up;
+
+    __device__ __forceinline__ void load(const Source& source, int row, int expert, int col) {
+        gate.load(source, row, expert, col, 0);
+        if constexpr (GATED) up.load(source, row, expert, col, 1);
+    }
+
+    // Eight activated columns; returns the larger of their largest finite magnitude and `largest`, biased.
+    __device__ __forceinline__ int activated(Factors by, int largest, float (&v)[VECTOR]) const {
+        float ups[VECTOR];
+        gate.scaled(by.gate, v);
+        if constexpr (GATED) up.scaled(by.up, ups);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            v[j] = activate<ACT>(v[j], GATED ? ups[j] : 0.0f);
+            largest = max_biased(largest, v[j]);
+        }
+        return largest;
+    }
+};
 
 // The largest finite magnitude over all valid rows, one per block in partials. PARTIALS blocks.
-extern "C" __global__ void amax_rows(Source source, int rows, float* __restrict__ partials)
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) amax_rows(
+    Source source, int rows, float* __restrict__ partials)
 {
     wait_for_previous_kernel();
     const u32 vectors = (source.cols + VECTOR - 1) / VECTOR, total = rows * vectors, step = gridDim.x * blockDim.x;
+    struct Taken {
+        Unactivated columns;
+        Factors by;
+        bool counts;
+    };
+    const auto take = [&](u32 i) {
+        i = min(i, total - 1);  // the last one once more: no branch between the loads
+        const int row = i / vectors, expert = expert_of(source, row), any = max(expert, 0);
+        Taken taken;
+        taken.columns.load(source, row, any, (i - row * vectors) * VECTOR);
+        taken.by = factors_of(source, row, any);
+        taken.counts = expert >= 0;
+        return taken;
+    };
     int largest = 0;
-    for (u32 first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += IN_FLIGHT * step) {
-#pragma unroll
-        for (int k = 0; k < IN_FLIGHT; ++k) {
-            const u32 i = first + k * step;
-            if (i >= total) continue;
-            const int row = i / vectors, col = (i - row * vectors) * VECTOR;
-            const int expert = expert_of(source, row), any = max(expert, 0);  // no branch between the loads of a vector
-            float v[VECTOR];
-            const int with = load_activated(source, row, any, row_scale_of(source, row, any), col, largest, v);
-            if (expert >= 0) largest = with;
-        }
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    for (Taken next = take(i); i < total; i += step) {
+        const Taken now = next;
+        next = take(i + step);  // on its way meanwhile
+        float v[VECTOR];
+        const int with = now.columns.activated(now.by, largest, v);
+        if (now.counts) largest = with;
     }
     const float of_block = block_max(unbiased(largest));
     if (threadIdx.x == 0) partials[blockIdx.x] = of_block;
 }
+
+__device__ __forceinline__ int column_of(int i) { return ((blockIdx.y * VECS + i) * blockDim.x + threadIdx.x) * VECTOR; }
 
 // One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
 // (blockIdx.y). The scale is, by MODE,
@@ -116,27 +155,33 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
 {
     // Backwards: what amax_rows read last is still in the L2 cache.
     const int row = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int expert = expert_of(source, row), any = max(expert, 0);
+    const Factors by = factors_of(source, row, any);
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
-    const int expert = expert_of(source, row);
-    const float row_scale = expert < 0 ? 0.0f : row_scale_of(source, row, expert);
+    const auto col_of = [&](int i) { return (first + i * int(blockDim.x)) * VECTOR; };
     // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
     // Otherwise the GEMM is, and all but x is older.
     if constexpr (MODE != TENSOR) wait_for_previous_kernel();
+    Unactivated columns[VECS];
     float v[VECS][VECTOR];
     int largest = 0;
-    if (expert >= 0) {
+    const auto activate_all = [&] {
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
-            const int col = (first + i * int(blockDim.x)) * VECTOR;
-            largest = load_activated(source, row, expert, row_scale, col, largest, v[i]);
+            if constexpr (MODE == TOKEN) columns[i].load(source, row, any, col_of(i));  // a row is too much to load at once
+            largest = columns[i].activated(by, largest, v[i]);
         }
-    }
-    if constexpr (MODE == TENSOR) wait_for_previous_kernel();
+    };
+#pragma unroll
+    for (int i = 0; MODE != TOKEN && i < VECS; ++i) columns[i].load(source, row, any, col_of(i));
 
     float scale = 1.0f;
     if constexpr (MODE == TENSOR) {
-        scale = scale_of_amax(max_of_partials(partials));
+        wait_for_previous_kernel();
+        scale = scale_of_amax(max_of_partials(partials, activate_all));
         if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale_out[0] = scale;
+    } else {
+        activate_all();
     }
     if (expert < 0) return;
     if constexpr (MODE == STATIC) scale = pick(scale_in, expert * scale_expert_stride, scale_value);
@@ -147,8 +192,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
     const Divisor divisor(scale);
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
-        const int col = (first + i * int(blockDim.x)) * VECTOR;
-        if (col < out_cols)
-            store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, encode_vector(v[i], divisor));
+        const int col = col_of(i);
+        const uint2 codes = col < source.cols ? encode_vector(v[i], divisor) : uint2{0, 0};
+        if (col < out_cols) store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, codes);
     }
 }

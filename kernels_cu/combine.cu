@@ -2,17 +2,19 @@
 // combine: GEMM 2's unscaled product back to tokens.
 //
 // out[token] = sum over slots, in slot order, of weight * (x[row] * (row scale * weight scale) + bias), in float32. One
-// block takes one token (blockIdx.x) and one stretch of its columns (blockIdx.y). A slot without a row adds nothing.
+// block takes TOKENS tokens (from blockIdx.x on) and one stretch of their columns (blockIdx.y). A slot without a row adds
+// nothing.
 //
 // Constants put in front of this text:
 //   In, Out     Half | Bfloat16 | float
 //   Bias        None | Half | Bfloat16 | float
 //   TOPK        slots per token
+//   TOKENS      tokens of a block: with many of them, what their slots say is waited for once
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads and stores
 //   PER_CHANNEL one weight scale per column instead of one per expert
 //   MOST        slots whose loads are on their way together
 
-constexpr int IN_FLIGHT = TOPK < MOST ? TOPK : MOST;
+constexpr int PAIRS = TOKENS * TOPK, IN_FLIGHT = PAIRS < MOST ? PAIRS : MOST;
 
 struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead
 
@@ -20,6 +22,7 @@ extern "C" __global__ void combine(
     const In* x,                              // (rows, x_pitch); made by the kernel in front
     long long x_pitch,
     int rows,
+    int tokens,
     const int* __restrict__ src2dst_map,      // (tokens, TOPK): row, or outside 0 .. rows - 1; null: row = token
     const int* __restrict__ row_experts,      // (rows,); null: expert 0
     const float* __restrict__ topk_weights,   // (tokens, TOPK); null: weights of 1
@@ -35,20 +38,21 @@ extern "C" __global__ void combine(
     Out* __restrict__ out,                    // (tokens, out_pitch)
     long long out_pitch)
 {
-    const int token = blockIdx.x;
+    const int first_token = blockIdx.x * TOKENS;
     const int col = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const int count = cols - col;
 
     // Each slot's indices and scales first, so that the rows' loads wait for none of them, and once for the block, so that
     // registers are left for the rows. The kernel in front makes x, and did not start the next one before it had waited
     // itself: everything but x is older and read before its end.
-    __shared__ Slot slots[TOPK];
+    __shared__ Slot slots[PAIRS];
     bool any = false;
-    for (int slot = threadIdx.x; slot < TOPK; slot += blockDim.x) {
-        const long long pair = (long long)token * TOPK + slot;
-        const int row = src2dst_map ? src2dst_map[pair] : token;
-        const float weight = topk_weights ? topk_weights[pair] : 1.0f;
+    for (int slot = threadIdx.x; slot < PAIRS; slot += blockDim.x) {
+        const int token = first_token + slot / TOPK;
+        const long long pair = (long long)first_token * TOPK + slot;
+        const int row = token >= tokens ? -1 : src2dst_map ? src2dst_map[pair] : token;
         const bool valid = row >= 0 && row < rows;
+        const float weight = valid && topk_weights ? topk_weights[pair] : 1.0f;
         const int expert = !valid ? -1 : row_experts ? row_experts[row] : 0;
         float factor = 0.0f;
         if (expert >= 0) {
@@ -61,14 +65,14 @@ extern "C" __global__ void combine(
     }
     any = __syncthreads_or(any);
     // What the columns have, of some slots: no kernel makes it.
-    float scale[IN_FLIGHT][VECTOR], shift[IN_FLIGHT][VECTOR];
+    Vector<float> scale[IN_FLIGHT];
+    Vector<Bias> shift[IN_FLIGHT];
     const auto load_columns = [&](int first) {
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-            if (first + i >= TOPK) continue;
+        for (int i = 0; i < IN_FLIGHT && first + i < PAIRS; ++i) {
             const long long expert = max(slots[first + i].expert, 0);
-            if constexpr (PER_CHANNEL) load_vector<IN_ALIGNED>(w_scale + expert * w_scale_stride + col, count, scale[i]);
-            if constexpr (sizeof(Bias) > 1) load_vector<IN_ALIGNED>(bias + expert * cols + col, count, shift[i]);
+            if constexpr (PER_CHANNEL) scale[i] = read_vector<IN_ALIGNED>(w_scale + expert * w_scale_stride + col, count);
+            if constexpr (sizeof(Bias) > 1) shift[i] = read_vector<IN_ALIGNED>(bias + expert * cols + col, count);
         }
     };
     if (any && col < cols) load_columns(0);
@@ -76,27 +80,39 @@ extern "C" __global__ void combine(
     if (col >= cols) return;
 
     float sum[VECTOR] = {};
+    bool empty = true;  // of the token so far
 #pragma unroll
-    for (int first = 0; any && first < TOPK; first += IN_FLIGHT) {
-        float v[IN_FLIGHT][VECTOR];
-        if (first > 0) load_columns(first);
+    for (int first = 0; first < PAIRS; first += IN_FLIGHT) {
+        Vector<In> x_of[IN_FLIGHT];
+        if (any) {
+            if (first > 0) load_columns(first);
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-            if (first + i >= TOPK) continue;
-            const Slot slot = slots[first + i];  // no branch without a row: loads would wait for one another
-            load_vector<IN_ALIGNED, PER_CHANNEL>(x + slot.row * x_pitch + col, count, v[i]);
+            for (int i = 0; i < IN_FLIGHT && first + i < PAIRS; ++i)  // without a row too: loads behind a branch wait
+                x_of[i] = read_vector<IN_ALIGNED, PER_CHANNEL>(x + slots[first + i].row * x_pitch + col, count);
         }
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i) {
-            if (first + i >= TOPK || slots[first + i].expert < 0) continue;
+        for (int i = 0; i < IN_FLIGHT && first + i < PAIRS; ++i) {
             const Slot slot = slots[first + i];
+            if (slot.expert >= 0) {
+                float v[VECTOR], by[VECTOR], add[VECTOR];
+                x_of[i].values(v);
+                if constexpr (PER_CHANNEL) scale[i].values(by);
+                if constexpr (sizeof(Bias) > 1) shift[i].values(add);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                const float by = PER_CHANNEL ? slot.factor * scale[i][j] : slot.factor;
-                const float scaled = sizeof(Bias) > 1 ? fmaf(v[i][j], by, shift[i][j]) : v[i][j] * by;
-                sum[j] = fmaf(slot.weight, scaled, sum[j]);
+                for (int j = 0; j < VECTOR; ++j) {
+                    const float factor = PER_CHANNEL ? slot.factor * by[j] : slot.factor;
+                    const float scaled = sizeof(Bias) > 1 ? fmaf(v[j], factor, add[j]) : v[j] * factor;
+                    sum[j] = fmaf(slot.weight, scaled, sum[j]);
+                }
+                empty = false;
             }
+            if ((first + i) % TOPK < TOPK - 1) continue;
+            const int token = first_token + (first + i) / TOPK;
+            if (token < tokens && !(empty && skip_padding))
+                store_vector<OUT_ALIGNED>(out + token * out_pitch + col, count, sum);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sum[j] = 0.0f;
+            empty = true;
         }
     }
-    if (any || !skip_padding) store_vector<OUT_ALIGNED>(out + token * out_pitch + col, count, sum);
 }

@@ -116,16 +116,14 @@ __device__ __forceinline__ u32 encode_pair(float low, float high) {
 
 // ---- division by a scale ----------------------------------------------------------------------------------------
 // x / s correctly rounded in three instructions where 1 / s is at hand: one Newton correction of x * (1 / s) (Markstein,
-// "Computation of elementary functions on the IBM RISC System/6000", 1990). Outside e4m3's range, on both sides, the
-// product alone gives the right code, and the correction could make infinity a NaN and lose the sign of zero.
+// "Computation of elementary functions on the IBM RISC System/6000", 1990). Zeros keep their sign by the signs chosen here.
+// From 2^10 on, far beyond e4m3's range, the product alone gives the right code, and the correction would make infinity a NaN.
 struct Divisor {
     float scale, reciprocal;
     __device__ explicit Divisor(float s) : scale(s), reciprocal(__frcp_rn(s)) {}
     __device__ __forceinline__ float divide(float x) const {
         const float q = x * reciprocal;
-        const float corrected = fmaf(fmaf(-q, scale, x), reciprocal, q);
-        const u32 magnitude = __float_as_uint(fabsf(q)), low = 0x39800000u, high = 0x44800000u;  // 2^-12, 2^10
-        return magnitude - low < high - low ? corrected : q;
+        return fabsf(q) < 1024.0f ? fmaf(fmaf(q, scale, -x), -reciprocal, q) : q;
     }
 };
 
@@ -158,7 +156,13 @@ __device__ __forceinline__ float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + __expf(-x)); }
+// e to the x as a power of 2, with the errors of __expf, but 0 below 2^-126: three instructions less.
+__device__ __forceinline__ float exponential(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
+}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exponential(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // The complementary error function to 1.2e-7 of its value, apart from the rounding of the exponent: Chebyshev fit of Press et
 // al., "Numerical Recipes in C", 2nd edition, section 6.2. erfcf is exacter, but takes registers that the end of a GEMM has
@@ -175,12 +179,12 @@ __device__ __forceinline__ float complementary_error(float x) {
     p = fmaf(p, t, 0.37409196f);
     p = fmaf(p, t, 1.00002368f);
     p = fmaf(p, t, -1.26551223f);
-    const float tail = __expf(fmaf(-z, z, p));
+    const float tail = exponential(fmaf(-z, z, p));
     return x < 0.0f ? fmaf(-t, tail, 2.0f) : t * tail;
 }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * complementary_error(x * -0.70710678118654752f); }
 __device__ __forceinline__ float gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * fmaf(0.044715f * x * x, x, x)));
+    return x * sigmoid(1.5957691216057307f * fmaf(0.044715f * x * x, x, x));  // 1 + tanh(y) = 2 sigmoid(2y)
 }
 // Comparisons instead of fminf: a NaN has to stay one.
 __device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
@@ -218,27 +222,43 @@ __device__ __forceinline__ void discard_line(const void* p) {
     asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
 }
 
-// Eight elements from p as floats. ALIGNED: one or two 16-byte loads (8 bytes of fp8), all eight exist. Otherwise element
-// by element, zeros from `count` on. ONCE: nobody else reads them.
+// Eight elements as they lie in memory. A thread that converts none before it has asked for all is not kept waiting between
+// one load and the next.
+template <typename T>
+union Vector {
+    uint4 words[(sizeof(T) * VECTOR + 15) / 16];
+    uint2 half_word;
+    T elements[VECTOR];
+
+    __device__ __forceinline__ void values(float (&v)[VECTOR]) const {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) v[i] = to_float(elements[i]);
+    }
+};
+
+// Those from p on. ALIGNED: one or two 16-byte loads (8 bytes of fp8), all eight exist. Otherwise element by element, zeros
+// from `count` on. ONCE: nobody else reads them.
 template <bool ALIGNED, bool ONCE = false, typename T>
-__device__ __forceinline__ void load_vector(const T* p, int count, float (&v)[VECTOR]) {
-    if constexpr (ALIGNED) {
-        union { uint4 words[(sizeof(T) * VECTOR + 15) / 16]; uint2 half_word; T elements[VECTOR]; } data;
-        if constexpr (sizeof(T) == 1) {
-            data.half_word = *reinterpret_cast<const uint2*>(p);
-        } else {
+__device__ __forceinline__ Vector<T> read_vector(const T* p, int count) {
+    Vector<T> data;
+    if constexpr (!ALIGNED) {
 #pragma unroll
-            for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) {
-                const uint4* from = reinterpret_cast<const uint4*>(p) + i;
-                data.words[i] = ONCE ? load_once(from) : *from;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) v[i] = to_float(data.elements[i]);
+        for (int i = 0; i < VECTOR; ++i) data.elements[i] = i < count ? p[i] : T{};
+    } else if constexpr (sizeof(T) == 1) {
+        data.half_word = *reinterpret_cast<const uint2*>(p);
     } else {
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) v[i] = i < count ? to_float(p[i]) : 0.0f;
+        for (int i = 0; i < int(sizeof(T) * VECTOR / 16); ++i) {
+            const uint4* from = reinterpret_cast<const uint4*>(p) + i;
+            data.words[i] = ONCE ? load_once(from) : *from;
+        }
     }
+    return data;
+}
+
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void load_vector(const T* p, int count, float (&v)[VECTOR]) {
+    read_vector<ALIGNED>(p, count).values(v);
 }
 
 template <bool ALIGNED, typename T>
@@ -306,19 +326,28 @@ __device__ __forceinline__ float block_max(float magnitude) {
 constexpr int PARTIALS = 256;  // blocks of the first kernel
 
 // One warp reads for the block, all of whose threads call it: 64 warps of a multiprocessor at once would wait for one another.
-__device__ __forceinline__ float max_of_partials(const float* partials) {
+// Meanwhile they do something else.
+template <typename Meanwhile>
+__device__ __forceinline__ float max_of_partials(const float* partials, Meanwhile meanwhile) {
     __shared__ float of_all;
+    float4 mine[PARTIALS / 4 / LANES];
     if (threadIdx.x < LANES) {
-        const float4* mine = reinterpret_cast<const float4*>(partials) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < PARTIALS / 4 / LANES; ++i)
+            mine[i] = reinterpret_cast<const float4*>(partials)[threadIdx.x + i * LANES];
+    }
+    meanwhile();
+    if (threadIdx.x < LANES) {
         float x = 0.0f;
 #pragma unroll
-        for (int i = 0; i < PARTIALS / 4; i += LANES) {
-            const float4 four = mine[i];
-            x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
-        }
+        for (const float4 four : mine) x = fmaxf(x, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
         x = warp_max(x);
         if (threadIdx.x == 0) of_all = x;
     }
     __syncthreads();
     return of_all;
+}
+
+__device__ __forceinline__ float max_of_partials(const float* partials) {
+    return max_of_partials(partials, [] {});
 }

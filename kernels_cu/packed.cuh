@@ -24,11 +24,8 @@ __device__ __forceinline__ void pack(const float (&v)[4], u32 (&words)[PACKED_WO
 }
 
 __device__ __forceinline__ void unpack(const u32 (&words)[PACKED_WORDS], float (&v)[4]) {
-    u32 last = 0;
 #pragma unroll
-    for (int i = 0; i < PACKED_WORDS; ++i) {
-        v[i] = __uint_as_float(words[i] & 0xffffff00u);
-        last |= (words[i] & 0xffu) << (24 - 8 * i);
-    }
-    v[3] = __uint_as_float(last);
+    for (int i = 0; i < PACKED_WORDS; ++i) v[i] = __uint_as_float(words[i] & 0xffffff00u);
+    const u32 upper = __byte_perm(words[0], words[1], 0x0400);  // the lowest bytes of both, the first one's on top
+    v[3] = __uint_as_float(__byte_perm(upper, words[2], 0x3240) & 0xffffff00u);
 }

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_moe
-from cupy_moe import Workspace, backend, dispatch, e4m3, reference
+from cupy_moe import Workspace, backend, dispatch, e4m3, grids, reference
 
 EXPERTS, TOPK = 5, 3
 CHECKS: list[tuple[str, float]] = []
@@ -129,21 +129,28 @@ def activate(rng, routing):
                 "w_scale": rng.uniform(0.5, 1, (EXPERTS, gated * cols)).astype(np.float32),
                 "bias": draw(rng, (EXPERTS, gated * cols)), "row_experts": routing.row_experts, "limit": 2e-2,
             }  # fmt: skip
-            compare(f"{activation} {cols} tensor", "activation_quantize", x, activation, **options)
-            compare(f"{activation} {cols} static", "activation_quantize", x, activation, scale=0.01, **options)
+            for many in (grids.MANY_ROWS, 1):  # one vector to a thread, or two
+                with mock.patch.object(grids, "MANY_ROWS", many):
+                    compare(f"{activation} {cols} tensor", "activation_quantize", x, activation, **options)
+                    compare(f"{activation} {cols} static", "activation_quantize", x, activation, scale=0.01, **options)
             options["row_experts"] = np.maximum(routing.row_experts, 0)  # the scales of rows without an expert are free
             compare(f"{activation} {cols} token", "activation_quantize", x, activation, per_token=True, **options)
 
 
 def combine_and_choose(rng, routing):
     rows = len(routing.row_experts)
-    for cols in (21, 40):
+    for cols, many in itertools.product((21, 40), (grids.MANY_ROWS, 1)):
         options = {
             "w_scale": rng.uniform(0.5, 1, (EXPERTS, cols)).astype(np.float32), "bias": draw(rng, (EXPERTS, cols)),
             "row_experts": routing.row_experts, "topk_weights": rng.uniform(0, 1, (7, TOPK)).astype(np.float32),
             "out_dtype": "bfloat16", "limit": 3e-3,
         }  # fmt: skip
-        compare(f"{cols}", "combine", draw(rng, (rows, cols), np.float16), routing.src2dst_map, **options)
+        x = draw(rng, (rows, cols), np.float16)
+        with mock.patch.object(grids, "MANY_ROWS", many):  # a block takes one token, or some of them
+            compare(f"{cols}", "combine", x, routing.src2dst_map, **options)
+            for name in ("w_scale", "bias"):
+                del options[name]
+            compare(f"{cols}, bare", "combine", x, routing.src2dst_map, **options)
     for experts in (5, 70):
         compare(f"{experts}", "topk_softmax", draw(rng, (9, experts)), 3, renormalize=True, limit=1e-5)
 

@@ -124,8 +124,8 @@ def combine(dtype, out_dtype, topk, aligned, bias, per_channel, tokens):
     x, out = matrix(dtype, 4096, aligned[0]), matrix(out_dtype, 4096, aligned[1])
     w_scale = WeightScale(ADDRESS, 4096, per_channel=per_channel)
     return lambda: launches.combine(
-        0, x, 9, tokens, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale, bias=Bias(ADDRESS, bias),
-        src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
+        0, x, 9, tokens, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale,
+        bias=Bias(ADDRESS * (bias != "None"), bias), src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
     )  # fmt: skip
 
 
@@ -171,6 +171,7 @@ def calls():
         combine(x, y, (1, 2, 6, 8)[i % 4], ALIGNED[i % 4], biases[i // 2 % 4], bool(i % 2), (9, 2000)[i // 3 % 2])
         for i, (x, y) in enumerate(itertools.product(FLOATS, FLOATS))
     ]
+    made.append(combine("float16", "float16", 2, ALIGNED[0], "None", False, 2000))
     made += [lambda n=n: launches.shuffle_rows(0, ADDRESS, 48 * n, 9, ADDRESS, 18, 32 * n + n, ADDRESS)
              for n in (1, 2, 4, 8, 16)]  # fmt: skip
     made += [lambda d=d, e=e: launches.topk_softmax(0, matrix(d, e, True), 9, e, 2, True, ADDRESS, ADDRESS)
@@ -224,12 +225,13 @@ VALUES = {
     "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
-        "VECS": {1, 2, 4, 6, 7, 8}, "ROW_THREADS": {grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
-        "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
+        "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
+        "PER_CHANNEL": {True, False},
+        "ROW_THREADS": {grids.STRETCH_THREADS, grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
-        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8},
+        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8}, "TOKENS": {1, 2, 4},
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES}, "CHANNELS": {64, 128},
@@ -286,11 +288,11 @@ def test_arguments_are_the_kernels_parameters(name):
 
 
 @pytest.mark.parametrize("most", [grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS])
-@pytest.mark.parametrize("rows", [1, 5000])
-def test_blocks_of_whole_rows(rows, most):
+@pytest.mark.parametrize("several", [False, True])
+def test_blocks_of_whole_rows(several, most):
     """They have every column, in at most as many threads as a block can have."""
     for cols in range(1, 70000, 7):
-        grid = grids.whole_rows(rows, cols, most)
+        grid = grids.whole_rows(cols, most, several=several)
         assert grid.stretches == 1
         assert grid.threads % 32 == 0
         assert grid.stretches * grid.threads * grid.per_thread * grids.VECTOR >= cols
@@ -399,9 +401,11 @@ def test_variant(compilers, file, constants):
         for name, threads in VARIANTS[file, constants].items():
             found = kernels[name]
             # Neither on Hopper nor in a GEMM; elsewhere ptxas may give up a value for occupancy. Rows wider than 28672
-            # columns may spill, and those wider than 16384 that are encoded for each slot.
+            # columns may spill, and those wider than 16384 that are encoded for each slot or activated one by one.
             allowed = 0 if arch == "sm_90a" or file.startswith("gemm_") else 8
-            if dict(constants).get("VECS", 1) <= (4 if dict(constants).get("WEIGHTED") else 7):
+            known = dict(constants)
+            heavy = known.get("WEIGHTED") or (file == "activation.cu" and not known["IN_ALIGNED"])
+            if known.get("VECS", 1) <= (4 if heavy else 7):
                 assert max(int(found[kind]) for kind in ("stack", "stores", "loads")) <= allowed, f"{arch}: {log}"
             per_thread = -(-int(found["registers"]) // 8) * 8
             assert per_thread * threads <= REGISTERS, f"{arch}: {threads} threads cannot have {per_thread} registers"

@@ -24,7 +24,7 @@ from gpu_cases import (
 import cupy_moe
 from cupy_moe import dispatch, e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.grids import MAX_ROW_THREADS
+from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS
 from cupy_moe.launches import PARTIALS, Maps, Matrix, RowScale, Tables
 
 pytestmark = pytest.mark.gpu
@@ -232,3 +232,18 @@ def test_activation_wide_rows(activation, cols, seed):
     bias = normal(seed + 1, (1, x.shape[1]))
     check_activation(x, activation, per_token=True)
     check_activation(x, activation, per_token=True, bias=bias, w_scale=abs(bias) + 0.1)
+
+
+@pytest.mark.parametrize("cols", [1408, 2056, 333])
+@pytest.mark.parametrize("w_kind", ["(E, 2)", "(E, n)"])
+def test_activation_many_rows(cols, w_kind, seed):
+    """A thread has several vectors of each, some of which are behind the end."""
+    rng = np.random.default_rng(seed)
+    rows, experts = MANY_ROWS + 5, 4
+    owners, _ = sorted_rows(seed, rows, experts)
+    x = product(seed, rows, cols, "silu", "float16")
+    x[-3:] = np.nan  # rows of no expert
+    options = {"row_experts": owners, "w_scale": weight_scale(rng, w_kind, experts, 2 * cols, 1)}
+    check_activation(x, **options)
+    check_activation(x, scale=0.01, **options)
+    check_activation(x, per_token=True, **options)
