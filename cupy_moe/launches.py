@@ -20,6 +20,8 @@ PACKED, GROUP_ROWS = "packed", 16
 """The form of many activated values, 24 bits each, and the rows that it takes together; as in ``packed.cuh``."""
 MOST_HELD_COLUMNS = 2048
 """Columns of a group of packed rows of which a multiprocessor's shared memory holds two."""
+COMBINED_PAIRS = 8
+"""Slots of a block of `combine` where there are many tokens: with more, a thread would load several times in turn."""
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1, PACKED: 3}
 
 
@@ -173,7 +175,8 @@ def combine(
     # With scales or bias for each column a slot takes more registers, and with many tokens more blocks are worth more.
     most, of_block = 16 // x.itemsize, 1
     if tokens >= grids.MANY_ROWS:
-        most, of_block = (2, 2) if w_scale.per_channel or bias.pointer else (most, 4)
+        most = 2 if w_scale.per_channel or bias.pointer else most
+        of_block = max(COMBINED_PAIRS // topk, 1)
     kernel = compiler.kernel(
         "combine.cu", "combine", device, In=compiler.CUDA_TYPES[x.dtype], Out=compiler.CUDA_TYPES[out.dtype],
         Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), TOPK=topk, TOKENS=of_block,

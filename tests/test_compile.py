@@ -231,7 +231,7 @@ VALUES = {
     },
     "combine.cu": {
         "In": TYPES, "Out": TYPES, "Bias": TYPES | {"None"}, "TOPK": {1, 2, 6, 8}, "IN_ALIGNED": {True, False},
-        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8}, "TOKENS": {1, 2, 4},
+        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False}, "MOST": {2, 4, 8}, "TOKENS": {1, 4, 8},
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES}, "CHANNELS": {64, 128},
