@@ -43,7 +43,7 @@ class Tile(NamedTuple):
         More copies would take longer than what they spare.
         """
         if self.rows <= 48:
-            return self.rows // self.cluster
+            return self.rows
         return self.rows // (4 if self.rows % 32 == 0 else 2)
 
     def shared_bytes(self, experts: int) -> int:
