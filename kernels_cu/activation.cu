@@ -135,8 +135,6 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) amax_row
     if (threadIdx.x == 0) partials[blockIdx.x] = of_block;
 }
 
-__device__ __forceinline__ int column_of(int i) { return ((blockIdx.y * VECS + i) * blockDim.x + threadIdx.x) * VECTOR; }
-
 // One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
 // (blockIdx.y). The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
@@ -168,7 +166,10 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
     const auto activate_all = [&] {
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
-            if constexpr (MODE == TOKEN) columns[i].load(source, row, any, col_of(i));  // a row is too much to load at once
+            if constexpr (MODE == TOKEN) {  // a row is too much to load at once, and one by one, ptxas would try
+                if (!IN_ALIGNED && col_of(i) >= source.cols) break;
+                columns[i].load(source, row, any, col_of(i));
+            }
             largest = columns[i].activated(by, largest, v[i]);
         }
     };

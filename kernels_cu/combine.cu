@@ -2,7 +2,7 @@
 // combine: GEMM 2's unscaled product back to tokens.
 //
 // out[token] = sum over slots, in slot order, of weight * (x[row] * (row scale * weight scale) + bias), in float32. One
-// block takes TOKENS tokens (from blockIdx.x on) and one stretch of their columns (blockIdx.y). A slot without a row adds
+// block takes TOKENS tokens (from TOKENS * blockIdx.x on) and one stretch of their columns (blockIdx.y). A slot without a row adds
 // nothing.
 //
 // Constants put in front of this text:

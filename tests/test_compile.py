@@ -401,11 +401,9 @@ def test_variant(compilers, file, constants):
         for name, threads in VARIANTS[file, constants].items():
             found = kernels[name]
             # Neither on Hopper nor in a GEMM; elsewhere ptxas may give up a value for occupancy. Rows wider than 28672
-            # columns may spill, and those wider than 16384 that are encoded for each slot or activated one by one.
+            # columns may spill, and those wider than 16384 that are encoded for each slot.
             allowed = 0 if arch == "sm_90a" or file.startswith("gemm_") else 8
-            known = dict(constants)
-            heavy = known.get("WEIGHTED") or (file == "activation.cu" and not known["IN_ALIGNED"])
-            if known.get("VECS", 1) <= (4 if heavy else 7):
+            if dict(constants).get("VECS", 1) <= (4 if dict(constants).get("WEIGHTED") else 7):
                 assert max(int(found[kind]) for kind in ("stack", "stores", "loads")) <= allowed, f"{arch}: {log}"
             per_thread = -(-int(found["registers"]) // 8) * 8
             assert per_thread * threads <= REGISTERS, f"{arch}: {threads} threads cannot have {per_thread} registers"
