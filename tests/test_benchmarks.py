@@ -9,7 +9,7 @@ import sys
 from unittest import mock
 
 import pytest
-from test_compile import FakeKernel
+from kernel_variants import FakeKernel
 
 import cupy_moe
 from cupy_moe import compiler, dispatch, gemms, launches, sm90
