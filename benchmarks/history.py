@@ -34,8 +34,7 @@ STEPS = {
     "345fc55ed7": "weights read once leave the L2 cache first; copies fetch no more than they take; narrow tiles",
     "0919a3fade": "short row tiles load and multiply what they have; no tile waits for its scale",
     "76cf280c96": "kernels beside the GEMMs ask for more before they use any of it; fewer instructions per value",
-    "7b9afca7aa": "a block of `combine` takes several tokens only where their slots are few",
-    "15cd3d0954": "nothing that a call would notice: what differs is the run",
+    "15cd3d0954": "a block of `combine` takes several tokens only where their slots are few",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]
@@ -73,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     tables, prefills = versions_of(TABLE), versions_of(PREFILL)
     records = []
     for commit, step in STEPS.items():
-        kinds = {l2: means(tables[commit], l2) for l2 in ("warm", "cold") if commit in tables}
+        kinds = {l2: means(tables[commit], l2) for l2 in ("warm", "cold")}
         if commit in prefills:
             kinds["prefill"] = means(prefills[commit], "warm")
-        measured = (tables.get(commit) or prefills[commit])["header"]
+        measured = tables[commit]["header"]
         records.append({"device": measured["device"], "commit": measured["commit"], "step": step, **kinds})
     save(out, load(TABLE)["header"] | {"command": "python -m benchmarks.history --out FILE.json"}, records)
     return 0
