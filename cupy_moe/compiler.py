@@ -21,10 +21,10 @@ OPTIONS = ("--std=c++17",)
 TARGETS = {"gemm_sm90.cu": "sm_90a"}
 """Files that use instructions of one architecture alone, and that architecture."""
 HEADERS = {
-    "gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "packed.cuh", "ends.cuh"),
-    "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "ends.cuh"), "requantize.cu": ("packed.cuh",),
-    "quantize.cu": ("quantize.cuh",), "route.cu": ("hopper.cuh", "routing.cuh"),
-    "route_quantize.cu": ("routing.cuh", "quantize.cuh"),
+    "gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "packed.cuh", "activations.cuh", "ends.cuh"),
+    "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "activations.cuh", "ends.cuh"),
+    "activation.cu": ("activations.cuh",), "requantize.cu": ("packed.cuh",), "quantize.cu": ("quantize.cuh",),
+    "route.cu": ("hopper.cuh", "routing.cuh"), "route_quantize.cu": ("routing.cuh", "quantize.cuh"),
 }
 """What a file needs beside ``common.cuh``; it may use the constants."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
