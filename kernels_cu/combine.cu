@@ -18,6 +18,21 @@ constexpr int PAIRS = TOKENS * TOPK, IN_FLIGHT = PAIRS < MOST ? PAIRS : MOST;
 
 struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead
 
+// Adds to the sum what a slot's row has in eight columns, with the scales and the bias of these.
+__device__ __forceinline__ void add_row(float (&sum)[VECTOR], const Slot& slot, const Vector<In>& x, const Vector<float>& scale,
+                                        const Vector<Bias>& shift) {
+    float v[VECTOR], by[VECTOR], add[VECTOR];
+    x.values(v);
+    if constexpr (PER_CHANNEL) scale.values(by);
+    if constexpr (sizeof(Bias) > 1) shift.values(add);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+        const float factor = PER_CHANNEL ? slot.factor * by[j] : slot.factor;
+        const float scaled = sizeof(Bias) > 1 ? fmaf(v[j], factor, add[j]) : v[j] * factor;
+        sum[j] = fmaf(slot.weight, scaled, sum[j]);
+    }
+}
+
 extern "C" __global__ void combine(
     const In* x,                              // (rows, x_pitch); made by the kernel in front
     long long x_pitch,
@@ -93,19 +108,8 @@ extern "C" __global__ void combine(
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT && first + i < PAIRS; ++i) {
             const Slot slot = slots[first + i];
-            if (slot.expert >= 0) {
-                float v[VECTOR], by[VECTOR], add[VECTOR];
-                x_of[i].values(v);
-                if constexpr (PER_CHANNEL) scale[i].values(by);
-                if constexpr (sizeof(Bias) > 1) shift[i].values(add);
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) {
-                    const float factor = PER_CHANNEL ? slot.factor * by[j] : slot.factor;
-                    const float scaled = sizeof(Bias) > 1 ? fmaf(v[j], factor, add[j]) : v[j] * factor;
-                    sum[j] = fmaf(slot.weight, scaled, sum[j]);
-                }
-                empty = false;
-            }
+            if (slot.expert >= 0) add_row(sum, slot, x_of[i], scale[i], shift[i]);
+            empty = empty && slot.expert < 0;
             if ((first + i) % TOPK < TOPK - 1) continue;
             const int token = first_token + (first + i) / TOPK;
             if (token < tokens && !(empty && skip_padding))
