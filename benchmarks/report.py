@@ -11,7 +11,7 @@ import sys
 from statistics import median
 from typing import Any
 
-from benchmarks import accuracy
+from benchmarks import accuracy, power
 from benchmarks.summary import (
     BACKENDS,
     DEVICE,
@@ -52,7 +52,6 @@ from benchmarks.tables import (
     parts_table,
     speed_table,
     steps_table,
-    sustained_table,
     table,
 )
 
@@ -179,7 +178,7 @@ def details() -> str:
         "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
     ]  # fmt: skip
-    lines += kept_busy()
+    lines += [*power.kept_busy(), *power.clocks()]
     steps = load(STEPS)
     if steps["records"]:
         rates = steps["header"]["rates"]
@@ -221,34 +220,6 @@ def details() -> str:
     rows = [[f"[{name}](../benchmarks/results/{name})", f"`{commit[:10]}`"] for name, commit in sources().items()]
     lines += ["## What was measured when", "", *table(["results", "commit"], rows, texts=2)]
     return "\n".join(lines).rstrip()
-
-
-def kept_busy() -> list[str]:
-    """What calls take of a device that has no pauses."""
-    content = load(SUSTAINED)
-    if not content["records"]:
-        return []
-    header = content["header"]
-    watts = [record["watts"] for record in content["records"] if record["power_capped"] == 1]
-    spread = f": between {min(watts):.0f} and {max(watts):.0f} W where every reading found the limit" if watts else ""
-
-    def dense(rate: float) -> str:
-        return f"{rate / 1e12:.0f} TFLOP/s"
-
-    times = [
-        f"{dense(of['fp8_flop_s'])} {when} all calls ({of['sm_mhz']:.0f} MHz, {of['watts']:.0f} W)"
-        for when, of in header["dense"].items()
-    ]  # fmt: skip
-    return [
-        "## When the device is kept busy", "",
-        f"{header['device']}. Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, "
-        "CUDA graph, warm L2 cache. MHz is the clock of the multiprocessors, the last column the share of NVML's "
-        "readings that found a "
-        f"power limit in force, which is {header['power_limit_watts']:.0f} W. W and the energy come from NVML's "
-        f"counter, which is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
-        f"{dense(header['rates']['fp8_flop_s'])} in a few milliseconds, and kept busy {' and '.join(times)}.", "",
-        *sustained_table(cells(SUSTAINED)), "",
-    ]  # fmt: skip
 
 
 def early() -> list[str]:

@@ -34,7 +34,8 @@ DEVICE = TABLE.removesuffix(".json").rpartition("_")[2]
 PREFILL, SWEEP, SKEWED = (f"{kind}_{DEVICE}.json" for kind in ("prefill", "sweep", "skewed"))
 EAGER, BACKENDS = map(newest, ("eager", "backends"))
 TIMELINE, STEPS, FIRST_CALL = map(newest, ("timeline", "steps", "first_call"))
-PRECISION, INVARIANCE, EARLY, SUSTAINED = map(newest, ("precision", "invariance", "early", "sustained"))
+PRECISION, INVARIANCE, EARLY = map(newest, ("precision", "invariance", "early"))
+SUSTAINED, CLOCKS = map(newest, ("sustained", "clocks"))
 HISTORY = "history.json"
 
 DISTURBED = 1.25

@@ -10,7 +10,6 @@ from benchmarks.summary import (
     TIMELINE,
     Cells,
     cells,
-    joules,
     load,
     mean,
     over_fastest,
@@ -65,22 +64,6 @@ def cells_table(*names: str) -> list[str]:
     impls = {"vllm": "vLLM", "torch": "torch (the two GEMMs alone)"}
     titles = [f"{impls.get(column, column)} us" for column in columns]
     return table(["E, topk, K, N", "M", *titles, *ratios, "floor us", "cupy_moe / floor", "error"], rows)
-
-
-def sustained_table(of: Cells) -> list[str]:
-    """Calls of a device that is kept busy, and what holds its clock down."""
-    rows = []
-    for key, cell in of.items():
-        ours, theirs = cell["cupy_moe"], cell.get("vllm")
-        _, topk, k, n, tokens = key
-        rate = 6e-6 * tokens * topk * k * n / ours["us"]
-        beside = (f"{theirs['us'] / ours['us']:.2f}", f"{joules(theirs) / joules(ours):.2f}") if theirs else "--"
-        rows.append([
-            named(key[:4]), str(tokens), f"{ours['us']:.1f}", *beside, f"{rate:.0f}", f"{ours['sm_mhz']:.0f}",
-            f"{ours['watts']:.0f}", f"{ours['power_capped']:.0%}",
-        ])  # fmt: skip
-    titles = ["E, topk, K, N", "M", "cupy_moe us", "vLLM / cupy_moe", "energy, vLLM / cupy_moe", "TFLOP/s", "MHz", "W"]
-    return table([*titles, "at the power limit"], rows)
 
 
 def history_table(records: list[dict[str, Any]]) -> list[str]:

@@ -231,16 +231,19 @@ def _in_several_grids(name: str, data: torch.Tensor, out: torch.Tensor) -> list[
     return [partial(launch, *grid) for grid in ((256, 8), (512, 4), (1024, 2), (512, 16))]
 
 
+DENSE_SIZE = 8192
+DENSE_OPERATIONS = 2.0 * DENSE_SIZE**3
+
+
 def dense_product() -> tuple[Callable[[], object], float]:
     """``torch._scaled_mm`` of 8192^3, fast accumulation, and how many operations that is."""
-    size = 8192
-    a, b = (torch.randn((size, size), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    a, b = (torch.randn((DENSE_SIZE, DENSE_SIZE), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
 
     def multiply() -> None:
         torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return multiply, 2.0 * size**3
+    return multiply, DENSE_OPERATIONS
 
 
 def measure_fp8_rate() -> float:

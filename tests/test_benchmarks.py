@@ -2,10 +2,8 @@
 """The benchmarks as far as they go without a GPU: cells, routing, the checks, and a run with the clock taken out."""
 
 import argparse
-import functools
 import itertools
 import json
-import sys
 from unittest import mock
 
 import pytest
@@ -16,6 +14,8 @@ from cupy_moe import compiler, dispatch, gemms, launches, sm90
 
 torch = pytest.importorskip("torch")
 
+from benchmark_cases import SHAPE, without_clock  # noqa: E402
+
 from benchmarks import (  # noqa: E402
     cases,
     choices,
@@ -25,13 +25,15 @@ from benchmarks import (  # noqa: E402
     records,
     step_cases,
     steps,
-    sustained,
     table,
     timeline,
     timing,
 )  # fmt: skip
 
-SHAPE = (6, 3, 128, 96)
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    without_clock(monkeypatch)
 
 
 def make(M, scheme="tensor", routing="uniform"):
@@ -106,31 +108,6 @@ def test_largest_activation_is_exact():
     torch.testing.assert_close(expected.largest_activation(x), torch.stack(activated).abs().max(), rtol=1e-5, atol=0)
 
 
-class Graph:
-    """A CUDA graph that is not one."""
-
-    def __init__(self, call):
-        self.replay = call
-
-
-@pytest.fixture
-def no_clock(monkeypatch):
-    """Everything but the GPU: the package's reference runs in place of its kernels."""
-    monkeypatch.setattr(cases, "make_weights", functools.partial(cases.make_weights, device="cpu"))
-    monkeypatch.setattr(cases, "make_inputs", functools.partial(cases.make_inputs, device="cpu"))
-    monkeypatch.setitem(cases.CELLS, "all", {SHAPE: [5, 600]})
-    monkeypatch.setattr(timing, "capture", lambda call: (Graph(call), call()))
-    monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(10.0, 9.0, 11.0))
-    monkeypatch.setattr(timing, "time_cold", lambda call, flush, **_: timing.Timing(20.0, 19.0, 21.0))
-    monkeypatch.setattr(timing, "host_us", lambda call: 3.0)
-    monkeypatch.setattr(timing, "L2Flush", lambda: None)
-    rates = {"read_bytes_s": 3e12, "write_bytes_s": 3e12, "copy_bytes_s": 3e12}
-    monkeypatch.setattr(timing, "measure_memory_rates", lambda: rates)
-    monkeypatch.setattr(timing, "measure_fp8_rate", lambda: 1.5e15)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(timing, "clocks", lambda: {"driver_version": "none"})
-
-
 def test_a_wrong_result_is_not_timed(no_clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(table.ERROR_LIMITS, "cupy_moe", 0)
     out = tmp_path / "table.json"
@@ -186,59 +163,6 @@ def test_early(no_clock, monkeypatch, tmp_path, capsys):
     assert list(dict.fromkeys(seen)) == [0, 4]
     assert sm90.EARLY == 4
     assert "geometric mean of 1 cells" in capsys.readouterr().out
-
-
-class Nvml:
-    """A device at its power limit that takes a kilojoule from one reading to the next."""
-
-    joules = itertools.count(5)
-
-    NVML_CLOCK_SM, nvmlClocksEventReasonSwPowerCap, nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 1, 4, 128
-    nvmlInit = staticmethod(lambda: None)
-    nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
-    nvmlDeviceGetPowerManagementLimit = staticmethod(lambda device: 700_000)
-    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda device: next(Nvml.joules) * 1_000_000)
-    nvmlDeviceGetClockInfo = staticmethod(lambda device, kind: 1400)
-    nvmlDeviceGetCurrentClocksEventReasons = staticmethod(lambda device: 4)
-
-
-@pytest.fixture
-def nvml(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", Nvml)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: mock.Mock(uuid="1-2"))
-
-
-def test_meter(nvml, monkeypatch):
-    monkeypatch.setattr(sustained.time, "perf_counter", iter([10.0, 12.0]).__next__)
-    meter = sustained.Meter()
-    assert meter.limit_watts == 700
-    with meter:
-        pass
-    assert meter.found() == {"sm_mhz": 1400, "watts": 500, "power_capped": 1}
-
-
-def test_sustained(no_clock, nvml, monkeypatch, tmp_path, capsys):
-    out, replays = tmp_path / "sustained.json", []
-    monkeypatch.setattr(timing, "dense_product", lambda: (lambda: None, 1e10))
-    monkeypatch.setattr(
-        timing, "time_warm", lambda call, **options: replays.append(options) or timing.Timing(10.0, 9.0, 11.0)
-    )
-    arguments = ["--vllm-ops", str(tmp_path), "--cells", "all", "--out", str(out), "--commit", "0" * 40]
-    assert sustained.main(arguments) == 0
-    content = json.loads(out.read_text())
-    assert content["header"]["skipped"].keys() == {"vllm", "torch"}
-    assert content["header"]["dense"].keys() == {"before", "after"}
-    assert content["header"]["dense"]["after"]["fp8_flop_s"] == pytest.approx(1e15)
-    assert [(one["impl"], one["M"], one["us"], one["sm_mhz"]) for one in content["records"]] == [
-        ("cupy_moe", 5, 10, 1400), ("cupy_moe", 600, 10, 1400)
-    ]  # fmt: skip
-    assert sum(one["rounds"] * one["replays"] for one in replays[3:6]) * 10e-6 == pytest.approx(1.5, abs=1e-3)
-    monkeypatch.setitem(sustained.ERROR_LIMITS, "cupy_moe", 0)
-    assert sustained.main(arguments) == 1
-    content = json.loads(out.read_text())
-    assert len(content["failures"]) == 2
-    assert not content["records"]
 
 
 def test_the_host_is_timed_again(no_clock, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At what clock the GEMMs of prefill run: ``python -m benchmarks.clocks --out FILE.json``.
+
+The program starts itself again under Nsight Compute (``ncu``, a part of the CUDA toolkit), which counts nanoseconds and
+cycles of each kernel, and touches neither clock nor caches: of both GEMMs of calls of the backend `sm90` (scales per
+tensor, uniform routing), whose results are checked first, and of the dense product that the floor is made with. Each
+kernel has the device for itself and a pause in front. So what is below the highest clock is what that one kernel costs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import cupy_moe
+from benchmarks import cases, timing
+from benchmarks.records import make_header, make_parser, save
+from benchmarks.table import ERROR_LIMITS, Check, parse_cells
+from cupy_moe import pipeline
+
+CELLS: cases.Cells = {shape: [4096, 16384] for shape in cases.SHAPES}
+REPEATS = 5
+METRICS = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
+OPTIONS = (
+    "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv", "--page", "raw",
+    "--print-units", "base", "--metrics", ",".join(METRICS),
+)  # fmt: skip
+FLOP_PER_CYCLE = 8192
+"""Of a multiprocessor of compute capability 9.0, fp8 without sparsity: 1979 TFLOP/s are 132 of them at 1830 MHz."""
+
+Kernel = tuple[str, float, float]
+"""Name, microseconds, MHz."""
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """What is launched in here, Nsight Compute counts."""
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def repeat(call: Callable[[], object]) -> None:
+    """Three calls, and then those that are counted."""
+    for _ in range(3):
+        call()
+    with counted():
+        for _ in range(REPEATS):
+            call()
+
+
+def run_cells(cells: cases.Cells, out: Path) -> None:
+    """The dense product, then the calls; what is known of each cell goes to ``out``."""
+    pipeline.CALLS_BEFORE_REPLAY = sys.maxsize  # kernels of a graph are not told apart
+    pipeline.OVERLAP = False
+    repeat(timing.dense_product()[0])
+    known = []
+    for shape, tokens in cells.items():
+        w = cases.make_weights(shape)
+        experts = cupy_moe.Experts(w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, backend="sm90")
+        for M in tokens:
+            x = cases.make_inputs(shape, M, weights=w)
+            call = partial(experts, x.hidden_states, x.topk_weights, x.topk_ids)
+            error, _ = Check(x)(call())
+            known.append({"shape": list(shape), "M": M, "routing": x.routing, "err": error})
+            repeat(call)
+        out.write_text(json.dumps(known))
+
+
+def read_kernels(text: str) -> list[Kernel]:
+    """Those of Nsight Compute's table, whose second line has the units."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    _, *rows = csv.DictReader(lines)
+    values = ([float(row[metric].replace(",", "")) for metric in METRICS] for row in rows)
+    return [(row["Kernel Name"], ns / 1e3, hz / 1e6) for row, (ns, hz) in zip(rows, values, strict=True)]
+
+
+def count(cells: str) -> tuple[list[dict[str, Any]], list[Kernel]]:
+    """What `run_cells` knows of each cell, and the kernels, in the order in which they ran."""
+    with TemporaryDirectory() as folder:
+        log, known = Path(folder) / "log", Path(folder) / "known"
+        program = [sys.executable, "-m", "benchmarks.clocks", "--cells", cells, "--counted", str(known)]
+        subprocess.run(["ncu", *OPTIONS, "--log-file", str(log), *program], check=True)
+        return json.loads(known.read_text()), read_kernels(log.read_text())
+
+
+def summed_up(kernels: list[Kernel], operations: float, processors: int) -> dict[str, float]:
+    """Time, clock and rate, and what the tensor cores do at that clock over what they could."""
+    us, mhz = median(us for _, us, _ in kernels), median(mhz for *_, mhz in kernels)
+    rate = operations / (us * 1e-6)
+    return {"us": us, "sm_mhz": mhz, "flop_s": rate, "tensor_busy": rate / (processors * FLOP_PER_CYCLE * mhz * 1e6)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all cells; the exit status is 1 if a result was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser("benchmarks.clocks", __doc__)
+    parser.add_argument("--cells", default="", help=parse_cells.__doc__)
+    parser.add_argument("--counted", type=Path, metavar="FILE", help="what Nsight Compute is to start")
+    options = parser.parse_args(arguments)
+    if options.counted:
+        run_cells(parse_cells(options.cells) if options.cells else CELLS, options.counted)
+        return 0
+    header = make_header("benchmarks.clocks", arguments, out=options.out, commit=options.commit)
+    known, kernels = count(options.cells)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    dense = kernels[:REPEATS]
+    assert len({name for name, *_ in dense}) == 1, f"the dense product is not one kernel: {dense}"
+    header["dense"] = summed_up(dense, timing.DENSE_OPERATIONS, processors)
+    gemms = iter([kernel for kernel in kernels if kernel[0].startswith("grouped_gemm")])
+    records = []
+    for cell in known:
+        (_, topk, k, n), M = cell["shape"], cell["M"]
+        both = [next(gemms) for _ in range(2 * REPEATS)]
+        one = 2.0 * M * topk * k * n  # operations for each column of the weights, of GEMM 2
+        records.append({
+            "device": header["device"], "impl": "cupy_moe", "backend": "sm90", "scheme": "tensor", "mode": "eager",
+            "l2": "warm", **cell, "gemm1": summed_up(both[::2], 2 * one, processors),
+            "gemm2": summed_up(both[1::2], one, processors),
+        })  # fmt: skip
+        print(*cell["shape"], "M", M, records[-1]["gemm1"], records[-1]["gemm2"], flush=True)
+    print("dense", header["dense"])
+    save(options.out, header, records)
+    return int(any(not record["err"] <= ERROR_LIMITS["cupy_moe"] for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
