@@ -35,6 +35,7 @@ STEPS = {
     "0919a3fade": "short row tiles load and multiply what they have; no tile waits for its scale",
     "76cf280c96": "kernels beside the GEMMs ask for more before they use any of it; fewer instructions per value",
     "15cd3d0954": "a block of `combine` takes several tokens only where their slots are few",
+    "5f68009091": "fewer instructions in `combine`: nothing that a call would notice, what differs is the run",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]
