@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -83,6 +84,8 @@ def run_cells(cells: cases.Cells, out: Path) -> None:
 def read_kernels(text: str) -> list[Kernel]:
     """Those of Nsight Compute's table, whose second line has the units."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
+    if not lines:  # most often the driver keeps its counters to administrators
+        raise RuntimeError(f"Nsight Compute counted nothing:\n{text}")
     _, *rows = csv.DictReader(lines)
     values = ([float(row[metric].replace(",", "")) for metric in METRICS] for row in rows)
     return [(row["Kernel Name"], ns / 1e3, hz / 1e6) for row, (ns, hz) in zip(rows, values, strict=True)]
@@ -114,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.counted:
         run_cells(parse_cells(options.cells) if options.cells else CELLS, options.counted)
         return 0
+    if not shutil.which("ncu"):
+        parser.error("ncu is not in PATH: install Nsight Compute, which comes with the CUDA toolkit")
     header = make_header("benchmarks.clocks", arguments, out=options.out, commit=options.commit)
     known, kernels = count(options.cells)
     processors = torch.cuda.get_device_properties(0).multi_processor_count

@@ -108,6 +108,7 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
             log.write("\n".join(text))
 
     monkeypatch.setattr(clocks.subprocess, "run", ncu)
+    monkeypatch.setattr(clocks.shutil, "which", lambda name: name)
     assert clocks.main(["--out", str(out), "--commit", "0" * 40]) == 0
     content = json.loads(out.read_text())
     assert content["header"]["dense"]["sm_mhz"] == 1500
@@ -121,3 +122,15 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(clocks.ERROR_LIMITS, "cupy_moe", 0)
     events.clear()
     assert clocks.main(["--out", str(out), "--commit", "0" * 40]) == 1
+
+
+def test_clocks_without_ncu(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit):
+        clocks.main([])
+    assert "install Nsight Compute" in capsys.readouterr().err
+
+
+def test_clocks_without_counters():
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        clocks.read_kernels("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
