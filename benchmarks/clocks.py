@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import cupy_moe
-from benchmarks import cases, timing
+from benchmarks import cases, timeline, timing
 from benchmarks.records import make_header, make_parser, save
 from benchmarks.table import ERROR_LIMITS, Check, parse_cells
 from cupy_moe import pipeline
@@ -76,7 +76,8 @@ def run_cells(cells: cases.Cells, out: Path) -> None:
             x = cases.make_inputs(shape, M, weights=w)
             call = partial(experts, x.hidden_states, x.topk_weights, x.topk_ids)
             error, _ = Check(x)(call())
-            known.append({"shape": list(shape), "M": M, "routing": x.routing, "err": error})
+            active = cases.active_experts(x.topk_ids)
+            known.append({"shape": list(shape), "M": M, "routing": x.routing, "active": active, "err": error})
             repeat(call)
         out.write_text(json.dumps(known))
 
@@ -91,52 +92,73 @@ def read_kernels(text: str) -> list[Kernel]:
     return [(row["Kernel Name"], ns / 1e3, hz / 1e6) for row, (ns, hz) in zip(rows, values, strict=True)]
 
 
-def count(cells: str) -> tuple[list[dict[str, Any]], list[Kernel]]:
+def count(arguments: list[str]) -> tuple[list[dict[str, Any]], list[Kernel]]:
     """What `run_cells` knows of each cell, and the kernels, in the order in which they ran."""
     with TemporaryDirectory() as folder:
         log, known = Path(folder) / "log", Path(folder) / "known"
-        program = [sys.executable, "-m", "benchmarks.clocks", "--cells", cells, "--counted", str(known)]
+        program = [sys.executable, "-m", "benchmarks.clocks", *arguments, "--counted", str(known)]
         subprocess.run(["ncu", *OPTIONS, "--log-file", str(log), *program], check=True)
         return json.loads(known.read_text()), read_kernels(log.read_text())
 
 
-def summed_up(kernels: list[Kernel], operations: float, processors: int) -> dict[str, float]:
+def calls_of(kernels: list[Kernel]) -> list[list[Kernel]]:
+    """Those of each call, the last of which is `combine`."""
+    calls: list[list[Kernel]] = [[]]
+    for kernel in kernels:
+        calls[-1].append(kernel)
+        if kernel[0].startswith("combine"):
+            calls.append([])
+    assert not calls[-1], f"kernels behind the last call: {calls[-1]}"
+    return calls[:-1]
+
+
+def rates_of(kernels: list[Kernel], operations: float, processors: int) -> dict[str, float]:
     """Time, clock and rate, and what the tensor cores do at that clock over what they could."""
     us, mhz = median(us for _, us, _ in kernels), median(mhz for *_, mhz in kernels)
     rate = operations / (us * 1e-6)
     return {"us": us, "sm_mhz": mhz, "flop_s": rate, "tensor_busy": rate / (processors * FLOP_PER_CYCLE * mhz * 1e6)}
 
 
+def record_of(
+    cell: dict[str, Any], calls: list[list[Kernel]], rates: dict[str, float], processors: int
+) -> dict[str, Any]:
+    """That of a cell; ``us`` is the sum of all kernels of a call, without the gaps between them."""
+    (_, topk, k, n), M = cell["shape"], cell["M"]
+    gemms = [[kernel for kernel in call if kernel[0].startswith("grouped_gemm")] for call in calls]
+    first, second = (list(of) for of in zip(*gemms, strict=True))
+    operations = 2.0 * M * topk * k * n  # of GEMM 2; GEMM 1 has twice as many columns of weights
+    sums = timeline.summed_up([timeline.parts_of([(name, us) for name, us, _ in call]) for call in calls])
+    return {
+        "impl": "cupy_moe", "backend": "sm90", "scheme": "tensor", "mode": "eager", "l2": "warm", **cell,
+        "floor_us": cases.floor_us(cell["shape"], M, cell["active"], rates["read_bytes_s"], rates["fp8_flop_s"]),
+        **sums, "gemm1": rates_of(first, 2 * operations, processors), "gemm2": rates_of(second, operations, processors),
+    }  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all cells; the exit status is 1 if a result was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser("benchmarks.clocks", __doc__)
-    parser.add_argument("--cells", default="", help=parse_cells.__doc__)
+    parser.add_argument("--cells", type=parse_cells, default=CELLS, help=parse_cells.__doc__)
     parser.add_argument("--counted", type=Path, metavar="FILE", help="what Nsight Compute is to start")
     options = parser.parse_args(arguments)
     if options.counted:
-        run_cells(parse_cells(options.cells) if options.cells else CELLS, options.counted)
+        run_cells(options.cells, options.counted)
         return 0
     if not shutil.which("ncu"):
         parser.error("ncu is not in PATH: install Nsight Compute, which comes with the CUDA toolkit")
     header = make_header("benchmarks.clocks", arguments, out=options.out, commit=options.commit)
-    known, kernels = count(options.cells)
+    known, kernels = count(arguments)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    dense = kernels[:REPEATS]
+    dense, calls = kernels[:REPEATS], calls_of(kernels[REPEATS:])
     assert len({name for name, *_ in dense}) == 1, f"the dense product is not one kernel: {dense}"
-    header["dense"] = summed_up(dense, timing.DENSE_OPERATIONS, processors)
-    gemms = iter([kernel for kernel in kernels if kernel[0].startswith("grouped_gemm")])
+    assert len(calls) == REPEATS * len(known), f"{len(calls)} calls in {len(known)} cells"
+    header["dense"] = rates_of(dense, timing.DENSE_OPERATIONS, processors)
     records = []
-    for cell in known:
-        (_, topk, k, n), M = cell["shape"], cell["M"]
-        both = [next(gemms) for _ in range(2 * REPEATS)]
-        one = 2.0 * M * topk * k * n  # operations for each column of the weights, of GEMM 2
-        records.append({
-            "device": header["device"], "impl": "cupy_moe", "backend": "sm90", "scheme": "tensor", "mode": "eager",
-            "l2": "warm", **cell, "gemm1": summed_up(both[::2], 2 * one, processors),
-            "gemm2": summed_up(both[1::2], one, processors),
-        })  # fmt: skip
-        print(*cell["shape"], "M", M, records[-1]["gemm1"], records[-1]["gemm2"], flush=True)
+    for i, cell in enumerate(known):
+        record = record_of(cell, calls[i * REPEATS : (i + 1) * REPEATS], header["rates"], processors)
+        records.append({"device": header["device"], **record})
+        print(*cell["shape"], "M", cell["M"], record["gemm1"], record["gemm2"], flush=True)
     print("dense", header["dense"])
     save(options.out, header, records)
     return int(any(not record["err"] <= ERROR_LIMITS["cupy_moe"] for record in records))

@@ -114,11 +114,16 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
     assert content["header"]["dense"]["sm_mhz"] == 1500
     assert content["header"]["dense"]["flop_s"] == pytest.approx(2 * 8192**3 / 2e-6, rel=0.01)
     assert [(record["shape"], record["M"]) for record in content["records"]] == [([*SHAPE], 5), ([*SHAPE], 600)]
-    first, second = (content["records"][1][gemm] for gemm in ("gemm1", "gemm2"))
+    keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
+            "floor_us", "err"}  # fmt: skip
+    assert all(keys <= record.keys() for record in content["records"])
+    one = content["records"][1]
+    assert one["us"] == pytest.approx(sum(one["parts"].values()), rel=0.02)
     operations = 2 * 600 * SHAPE[1] * SHAPE[2] * SHAPE[3]
-    for one, of in ((first, 2 * operations), (second, operations)):
-        assert one["flop_s"] == pytest.approx(of / (one["us"] * 1e-6))
-        assert one["tensor_busy"] == pytest.approx(one["flop_s"] / (100 * 8192 * 1.5e9))
+    for gemm, of in (("gemm1", 2 * operations), ("gemm2", operations)):
+        assert one[gemm]["us"] == one["parts"][gemm]
+        assert one[gemm]["flop_s"] == pytest.approx(of / (one[gemm]["us"] * 1e-6))
+        assert one[gemm]["tensor_busy"] == pytest.approx(one[gemm]["flop_s"] / (100 * 8192 * 1.5e9))
     monkeypatch.setitem(clocks.ERROR_LIMITS, "cupy_moe", 0)
     events.clear()
     assert clocks.main(["--out", str(out), "--commit", "0" * 40]) == 1
