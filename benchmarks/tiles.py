@@ -18,7 +18,7 @@ import cupy_moe
 from benchmarks import cases, timing
 from benchmarks.records import make_header, make_parser, save
 from cupy_moe import mma, sm90
-from cupy_moe.tiles import Tile
+from cupy_moe.tiles import Tile, Weights
 
 KERNELS = {"sm90": sm90, "mma": mma}
 TOKENS = (*cases.TOKENS, 1024, 2048, 4096)
@@ -35,10 +35,10 @@ def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: 
 
 
 def name_of(tile: dict[str, Any]) -> str:
-    """Rows, blocks to a cluster where it is one, the window, and weight rows that are not 128."""
+    """Rows, blocks to a cluster where it is one, the window (0: all), and weight rows that are not 128."""
     shared, added = (tile.get(name, 1) for name in ("cluster", "window"))
     channels = tile.get("channels", 128)
-    text = f"{tile['rows']}" + f" x {shared}" * (shared > 1) + f" by {added}" * (added > 1)
+    text = f"{tile['rows']}" + f" x {shared}" * (shared > 1) + f" by {added}" * (added != 1)
     return text + f" of {channels}" * (channels != 128)
 
 
@@ -49,7 +49,8 @@ def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
         inputs = cases.make_inputs(shape, tokens, weights=weights)
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
-        tiles = KERNELS[backend].candidates(rows, shape[0], shape[2])
+        w1 = Weights(0, shape[0], 2 * shape[3], shape[2], paired=True)
+        tiles = KERNELS[backend].candidates(rows, w1)
         times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
         ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
         records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})

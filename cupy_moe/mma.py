@@ -24,6 +24,10 @@ class Tile(NamedTuple):
     rows: int
     stages: int
 
+    def suits(self, weights: Weights) -> bool:
+        """Always: each stage is added to the sum on its own."""
+        return True
+
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule."""
         return self.stages * STEP * (CHANNELS + self.rows) + 16 * (experts + 1)

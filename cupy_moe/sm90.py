@@ -12,8 +12,8 @@ from cupy_moe.tiles import End, Groups, Preference, Tiles, Weights
 
 STEP, WARPGROUP = 128, 128
 """Columns of a stage, and threads of a warpgroup, as in ``gemm_sm90.cu``."""
-SHARED_BYTES = 227 << 10
-"""What a block can have of shared memory."""
+SHARED_BYTES = (227 << 10) - 64
+"""What a block can have of shared memory, beside ``struct Shared``."""
 EARLY = 4
 """Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
 MOST_SCALED_ROWS = 192
@@ -27,7 +27,8 @@ class Tile(NamedTuple):
     """What a block works on at a time: ``channels`` weight rows by ``rows`` rows of activations, in ``stages`` stages.
 
     ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both. The tensor cores add up
-    the products of ``window`` stages, 1 or 2, in their shorter sums. ``channels`` are 128, or 64 with few rows.
+    the products of ``window`` stages, 1 or 2, in their shorter sums, or of all with 0: the consumer warpgroups take
+    turns at tiles then, and leave bare products. ``channels`` are 128, or 64 with few rows.
     """
 
     rows: int
@@ -55,6 +56,10 @@ class Tile(NamedTuple):
         """How many of these, or of clusters of them, n weight rows make."""
         return -(-n // (self.channels * self.cluster))
 
+    def suits(self, weights: Weights) -> bool:
+        """Whether its sums are long enough for products with these."""
+        return self.window > 0 or weights.k <= weights.short_columns
+
     def most(self, rows: int, experts: int, n: int) -> int:
         """How many ``rows`` rows can make in all, however they are spread over the experts."""
         return tiles.most_row_tiles(rows, self.rows, experts) * self.channel_tiles(n)
@@ -69,6 +74,8 @@ PREFERRED = (
     Preference(115, Tile(128, 6)),
     Preference(170, Tile(160, 5)),
     Preference(230, Tile(208, 5, window=2)),
+    Preference(450, Tile(144, 6, window=0)),
+    Preference(float("inf"), Tile(192, 5, cluster=2, window=0)),
     Preference(300, Tile(144, 6, window=2), below_k=4096),
     Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
     Preference(400, Tile(160, 6, cluster=2, window=2)),
@@ -84,7 +91,7 @@ TILES, key, candidates = _CHOICE.all, _CHOICE.key, _CHOICE.candidates
 
 def tile_for(device: int, weights: Weights, rows: int) -> Tile:
     """What tuning has found for ``rows`` rows in all, or else the default."""
-    tuned, tile = _CHOICE.tuned(device, weights, rows), candidates(rows, weights.experts, weights.k)[0]
+    tuned, tile = _CHOICE.tuned(device, weights, rows), candidates(rows, weights)[0]
     if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
         few = 2 * tile.most(rows, weights.experts, weights.n) <= tiles.multiprocessors(device)
         tile = NARROW if few else tile

@@ -26,6 +26,9 @@ class Tile(Protocol):
     def shared_bytes(self, experts: int) -> int:
         """Dynamic shared memory of a block: the stages and the schedule of ``experts`` experts."""
 
+    def suits(self, weights: Weights) -> bool:
+        """Whether products with these can have it."""
+
     def _asdict(self) -> dict[str, Any]: ...
 
     def _replace(self, *, stages: int) -> Any: ...
@@ -42,7 +45,7 @@ def fitting(tile: T, experts: int, shared_bytes: int) -> T:
 
 
 class Preference(NamedTuple):
-    """A tile for a range of rows per expert, and of columns of the weights."""
+    """A tile for a range of rows per expert, and of columns of the weights, where it suits them."""
 
     below: float  # rows per expert that can have any, on average
     tile: Any
@@ -67,34 +70,41 @@ class Tiles(Generic[T]):
         shape = f"{weights.experts} x {weights.n} x {weights.k}"
         return tuning.key(f"{self._backend} {__version__}", tuning.device_name(device), shape, rows=rows)
 
-    def candidates(self, rows: int, experts: int, k: int) -> list[T]:
-        """The tiles that could be the fastest for ``rows`` rows in all of ``k`` columns, the default first."""
-        average = rows / max(min(rows, experts), 1)
-        default: T = next(entry.tile for entry in self._preferred if average < entry.below and k < entry.below_k)
-        worth = [tile for tile in self.all if min(average / 4, 96) <= tile.rows <= max(32, 4 * average)]
+    def candidates(self, rows: int, weights: Weights) -> list[T]:
+        """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
+        average = rows / max(min(rows, weights.experts), 1)
+        default: T = next(
+            entry.tile for entry in self._preferred
+            if average < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
+        )  # fmt: skip
+        sizes = min(average / 4, 96), max(32, 4 * average)
+        worth = [tile for tile in self.all if sizes[0] <= tile.rows <= sizes[1] and tile.suits(weights)]
         return [default, *(tile for tile in worth if tile != default)]
 
     def tuned(self, device: int, weights: Weights, rows: int) -> T | None:
         """What tuning has found for ``rows`` rows in all."""
         record = tuning.CACHE.find(self.key(device, weights, rows)) or {}
-        return next((tile for tile in self.all if tile._asdict().items() <= record.items()), None)
+        fitting = (tile for tile in self.all if tile._asdict().items() <= record.items() and tile.suits(weights))
+        return next(fitting, None)
 
     def tile_for(self, device: int, weights: Weights, rows: int) -> T:
         """The same, or else the default."""
-        return self.tuned(device, weights, rows) or self.candidates(rows, weights.experts, weights.k)[0]
+        return self.tuned(device, weights, rows) or self.candidates(rows, weights)[0]
 
 
 class Weights:
     """Weights (experts, n, k) of codes at ``pointer``, n and k multiples of 16; ``paired``: gates, then ups.
 
-    ``batch_invariant``: a row's product must not depend on how many rows there are.
+    ``batch_invariant``: a row's product must not depend on how many rows there are. ``short_columns``: up to so many
+    the sums of the tensor cores, which are shorter than float32, will do, and beyond them for a part of the columns.
     """
 
     def __init__(
-        self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False
+        self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False,
+        short_columns: int = 0,
     ) -> None:
         self.pointer, self.experts, self.n, self.k, self.paired = pointer, experts, n, k, paired
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.short_columns = batch_invariant, 0 if batch_invariant else short_columns
 
 
 class Groups(NamedTuple):

@@ -77,10 +77,10 @@ __device__ __forceinline__ void store_packed(u32* to, const float (&first)[4], c
 }
 
 // A warp's part of a finished tile: sixteen weight rows by COUNT rows from at.row on, of which at.count exist (none if that
-// is negative; at most FIRST, a multiple of 8, of 16 if PACKED). Column `col` of the result is where this thread's pair of
-// channels begins; sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest
+// is negative). Takes those from FROM to TO, multiples of 8, of 16 if PACKED. Column `col` of the result is where this thread's
+// pair of channels begins; sum[4 * j + 2 * h + i] is half h of the pair in row 8 * j + 2 * (lane % 4) + i. Returns the largest
 // finite magnitude if MEASURED.
-template <int COUNT, int FIRST = COUNT>
+template <int COUNT, int FROM = 0, int TO = COUNT>
 __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, const Scales<COUNT>& scales, int col,
                                         const float (&sum)[COUNT / 2]) {
     const int first_row = 2 * (threadIdx.x % 4), rows = col < end.out_cols ? at.count - first_row : 0;
@@ -90,11 +90,11 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
     u8* const start = static_cast<u8*>(end.out) + ((at.row + first_row) * end.pitch + col) * SIZE;
     const u32 pitch = u32(end.pitch) * SIZE;
     [[maybe_unused]] const long long group_pitch = packed_pitch(end.pitch);
-    [[maybe_unused]] u32* words = static_cast<u32*>(end.out) + group_of(at.row, at.expert) * group_pitch +
+    [[maybe_unused]] u32* words = static_cast<u32*>(end.out) + (group_of(at.row, at.expert) + FROM / GROUP_ROWS) * group_pitch +
                                   col / 8 * (PACKED_WORDS * LANES) + 4 * first_row + col % 8;
     [[maybe_unused]] float first[4], second[4];
 #pragma unroll
-    for (int k = 0; k < FIRST / 4; ++k) {
+    for (int k = FROM / 4; k < TO / 4; ++k) {
         // Rows that do not exist are calculated too, and what is not stored has no branch: all rows overlap.
         const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
         const bool exists = down < rows;

@@ -173,6 +173,8 @@ def calls():
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", k=sm90.IN_STEP_COLUMNS)]
+        if tile.window == 0:
+            continue
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)
                  for bias in biases]  # fmt: skip
         made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]

@@ -159,10 +159,13 @@ def own_gemms(only):
     """Every end of the kernels of our own, in the first tile, the largest and the last; rows cut off, empty experts."""
     from own_gemm_cases import TILES, Case, Layer, problem
 
-    from cupy_moe import sm90
+    from cupy_moe import sm90, tiles
 
     kernels = [kernel for kernel in TILES if only in (None, kernel.split()[0]) and not problem(kernel)]
-    chosen = [(of[0], max(of, key=lambda one: tuple(one.tile)), of[-1]) for of in map(TILES.get, kernels)]
+    chosen = [
+        (of[0], max(of, key=lambda one: tuple(one.tile)), of[-1], *(one for one in of if one.bare))
+        for of in map(TILES.get, kernels)
+    ]
     for tile in dict.fromkeys(itertools.chain(*chosen)):
         counts = [0, 3, 0, tile.rows + 5, 1]
         for padded in (0, tile.rows + 7):
@@ -173,6 +176,11 @@ def own_gemms(only):
             with mock.patch.object(sm90, "IN_STEP_COLUMNS", 0):
                 got = case.product(tile)[1]
                 check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
+            with mock.patch.object(tiles, "multiprocessors", return_value=2):  # several tiles for a block
+                got = case.product(tile)[1]
+                check(f"{tile} on few blocks, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
+            if tile.bare:
+                continue
             layer = Layer(2, counts, 19, 144, kind="(E, 2)", max_tokens=padded)
             layer.check(tile, per_expert=True, want=layer.want(on_host=True))
 

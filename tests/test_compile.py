@@ -41,7 +41,7 @@ VALUES = {
     },
     "gemm_sm90.cu": {
         "ROWS": {tile.rows for tile in sm90.TILES}, "CHANNELS": {64, 128},
-        "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {1, 2},
+        "STAGES": {tile.stages for tile in sm90.TILES}, "EARLY": {sm90.EARLY}, "CLUSTER": {1, 2}, "WINDOW": {0, 1, 2},
         "BOX": {tile.box for tile in sm90.TILES},
         "END": set(enum("End")), "Out": {"Half", "float"}, "Bias": TYPES | {"None"}, "ACT": set(enum("Act")),
         "ROW_SCALES": {True, False}, "PER_CHANNEL": {True, False}, "MEASURED": {True, False}, "IN_STEP": {True, False},
@@ -159,13 +159,14 @@ def architectures_of(file, constants):
     ("file", "constants"), VARIANTS, ids=[f"{file} {' '.join(str(v) for _, v in c)}" for file, c in VARIANTS]
 )
 def test_variant(compilers, file, constants):
-    """No warning, no spills, small enough to be launched, and the parameters as wide as the launch has them."""
+    """No warning, no spills, no products one by one, small enough, and parameters as wide as the launch has them."""
     architectures = architectures_of(file, dict(constants))
     pending = [compilers.submit(compile_for, arch, file, constants) for arch in architectures]
     logs = [future.result(timeout=300) for future in pending]
     for arch, log in zip(architectures, logs, strict=True):
         other = [line for line in log.splitlines() if not re.match(r"ptxas (info +:| +\.)|\s*$", line)]
         assert not other, f"{arch}: {log}"
+        assert "serialized" not in log, f"{arch}: the products of a tile wait for one another: {log}"
         kernels = {found["name"]: found for found in PROPERTIES.finditer(log)}
         for name, threads in VARIANTS[file, constants].items():
             found = kernels[name]

@@ -8,6 +8,7 @@
 | products, row counts | one row tile and several; `multiply_tile` of every number of pieces; copies left out |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
 | in step | `keep_in_step` |
+| in turns | `Turn` over none, one and many tiles of a block |
 | policies | the constants of `hopper.cuh` that tell the L2 cache what to keep |
 | products, n | weight rows beyond n in the last channel tile; both types of `Out`; bits with `batch_invariant` |
 | experts | `make_schedule` over several warps of experts, `Walk.seek` over runs of empty ones, no tile at all |
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.gpu
 
 RANDOM_CASES, PARTS = int(os.environ.get("CUPY_MOE_RANDOM_CASES", "2000")), 20
 KINDS = {False: [kind for kind in W1_KINDS if kind != "(E, 2)"], True: W1_KINDS}
+ENDING = [tile for tile in ALL if not tile.bare]
 DEEP = sorted({tile.tile.stages * 128 + more for tile in ALL for more in (-16, 16)})
 
 
@@ -59,9 +61,9 @@ def test_products(n, k, kernel, seed):
     case = Case(seed, all_edges(kernel), n, k)
     want, first = case.exact(), None
     for tile in TILES[kernel]:
-        assert_close(case.product(tile)[0], want, "float32", tile)
+        assert_close(case.product(tile)[0], want, "float32", tile, case.k)
         got, _ = case.product(tile, batch_invariant=True)
-        assert_close(got, want, "float32", tile)
+        assert_close(got, want, "float32", tile, case.k)
         first = got if first is None else first
         assert same_bits(got, first), f"{tile} gives other bits than {TILES[kernel][0]}"
 
@@ -74,8 +76,26 @@ def test_in_step(counts, tile, seed, monkeypatch):
     want, _ = case.product(tile)
     monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
     got, _ = case.product(tile)
-    assert_close(got, case.exact(), "float32", tile)
+    assert_close(got, case.exact(), "float32", tile, case.k)
     assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("tile", [tile for tile in ALL if tile.bare], ids=str)
+@pytest.mark.parametrize("n", [16, 128, 4112])
+@pytest.mark.parametrize("k", [16, 144, 1024])
+def test_in_turns(k, n, tile, seed):
+    """The sums are the tensor cores' alone, which other widths do not change; blocks with any number of tiles."""
+    for counts in ((0, 0), (1, 0), (900, 0, 1, 2500, 33, 700)):
+        case = Case(seed, counts, n, k)
+        got, _ = case.product(tile)
+        assert_close(got, case.exact(), "float32", tile, k)
+        few = Case(seed, [min(count, 5) for count in counts], n, k)
+        for expert, (of, others) in enumerate(zip(few.counts, case.counts, strict=True)):
+            few.x[few.rows_of(expert)], few.w[expert] = case.x[case.rows_of(expert)][:of], case.w[expert]
+            assert of <= others
+        start = np.cumsum([0, *case.counts[:-1]])
+        same = np.concatenate([first + np.arange(of) for first, of in zip(start, few.counts, strict=True)])
+        assert same_bits(few.product(tile)[0], got[cupy.asarray(same)]), f"{tile}: a row by its company"
 
 
 @pytest.mark.parametrize("kernel", ["sm90"])
@@ -99,7 +119,7 @@ def test_half_products(tile, seed):
     for n, k in ((48, 16), (272, 1040)):
         case = Case(seed, all_edges(tile.kernel), n, k)
         half, value = case.product(tile, "float16")
-        assert_close(value, case.exact(), "float16", tile)
+        assert_close(value, case.exact(), "float16", tile, case.k)
         scaled = case.product(tile)[0] * np.float32(1 / e4m3.half_unit(k))
         assert same_bits(half, scaled.astype(np.float16))
 
@@ -113,17 +133,18 @@ def test_experts(tile, seed):
         counts = np.zeros(experts, np.int32)
         counts[with_rows] = rng.integers(1, 2 * tile.rows, len(with_rows))
         case = Case(seed, counts, 48, 80)
-        assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+        assert_close(case.product(tile)[0], case.exact(), "float32", tile, case.k)
     case = Case(seed, rng.integers(0, 3, 256), 48, 80)
-    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile, case.k)
 
 
 @pytest.mark.parametrize("tile", ALL, ids=str)
 @pytest.mark.parametrize("counts", [(3, 0, 40, 1, 39, 17), (40,) * 6, (0,) * 6, (0, 0, 0, 0, 0, 1)], ids=str)
 def test_padded(counts, tile, seed):
     case = Case(seed, counts, 272, 144, max_tokens=40)
-    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
-    Layer(seed, counts, 40, 144, max_tokens=40).check(tile, per_expert=True)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile, case.k)
+    if not tile.bare:
+        Layer(seed, counts, 40, 144, max_tokens=40).check(tile, per_expert=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -143,7 +164,7 @@ def test_nan(kernel, seed):
 # ---- ends ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tile", ALL, ids=str)
+@pytest.mark.parametrize("tile", ENDING, ids=str)
 def test_ends(tile, seed):
     """Activated values, their maximum and their codes at every row count; scales of every kind."""
     sizes = ((16, 16, "row", "(E,)"), (19, 272, "expert", "(E, 2)"), (272, 1040, "one", "(E, 1)"),
@@ -177,7 +198,7 @@ def test_more_than_2_to_31_bytes_of_weights(kernel, seed):
     assert case.w.size > 2**31
     want = case.exact()
     for tile in TILES[kernel]:
-        assert_close(case.product(tile)[0], want, "float32", tile)
+        assert_close(case.product(tile)[0], want, "float32", tile, case.k)
     del case, want
     free_device_memory()
 
@@ -186,8 +207,9 @@ def test_more_than_2_to_31_bytes_of_weights(kernel, seed):
 def test_many_rows(tile, seed):
     counts = np.random.default_rng(seed).multinomial(100_000, [0.7, 0.1, 0, 0.1, 0.05, 0.05, 0, 0])
     case = Case(seed, counts, 48, 48)
-    assert_close(case.product(tile)[0], case.exact(), "float32", tile)
-    Layer(seed, counts, 24, 48).check(tile)
+    assert_close(case.product(tile)[0], case.exact(), "float32", tile, case.k)
+    if not tile.bare:
+        Layer(seed, counts, 24, 48).check(tile)
 
 
 # ---- random -------------------------------------------------------------------------------------------------------
@@ -204,7 +226,7 @@ def check_random(kernel, seed):
     )
     max_tokens = int(counts.max() + rng.integers(1, 9)) if padded else 0
     n, k = (16 * round(2 ** rng.uniform(0, most)) for most in (4.5, 6))
-    end = ("float32", "float16", "activated")[rng.integers(3)]
+    end = ("float32", "float16", "activated")[rng.integers(2 if tile.bare else 3)]
     print(f"seed {seed}: {tile}, {end}, n {n}, k {k}, {experts} experts, {max_tokens} each, rows {counts[counts > 0]}")
     if end == "activated":
         x_kind, kind = rng.choice(["row", "expert", "one", "number"]), rng.choice(["(E,)", "(E, 1)", "(E, 2)"])
@@ -213,7 +235,7 @@ def check_random(kernel, seed):
         case.check(tile, per_expert=rng.random() < 0.5)
     else:
         case = Case(seed, counts, n, k, max_tokens=max_tokens)
-        assert_close(case.product(tile, end)[1], case.exact(), end, tile)
+        assert_close(case.product(tile, end)[1], case.exact(), end, tile, k)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -237,28 +259,32 @@ def test_shared_memory_of_one_kernel(kernel, seed):
     for launch in [case.launch(out, end, tile) for case, out in zip(cases, outs, strict=True)]:
         launch(cupy.cuda.get_current_stream().ptr)
     for case, out in zip(cases, outs, strict=True):
-        assert_close(out[case.valid], case.exact(), "float32", tile)
+        assert_close(out[case.valid], case.exact(), "float32", tile, case.k)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "sm90 in step"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "sm90 in step", "sm90 in turns"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_launches(overlap, kernel, seed, monkeypatch):
     """Two GEMMs, the second on the codes of the first, 50,000 times each without a pause; more tiles than blocks."""
-    clusters = [tile for tile in TILES["sm90"] if tile.tile.cluster > 1]
-    counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else clusters[-1]
+    special = {
+        "sm90 in step": [tile for tile in TILES["sm90"] if tile.tile.cluster > 1 and not tile.bare],
+        "sm90 in turns": [tile for tile in TILES["sm90"] if tile.bare],
+    }
+    counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else special[kernel][-1]
+    first_tile = TILES["sm90"][1] if tile.bare else tile
     monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
     first = Layer(seed, counts, 256, 64)
     second = Case(seed + 9, counts, 2048, 256)
     codes, product = second.x, poison(cupy.empty((len(second.x), 2048), np.float16))
     launches = [
-        first.launch(codes, first.end("CODES", RowScale(value=0.01)), tile, paired=True),
+        first.launch(codes, first.end("CODES", RowScale(value=0.01)), first_tile, paired=True),
         second.launch(product, End("PRODUCT", unit=e4m3.half_unit(256)), tile),
     ]
     stream = cupy.cuda.get_current_stream().ptr
     for launch in launches:
         launch(stream)
     want = product.copy()
-    assert_close(want[second.valid].astype(np.float64) * e4m3.half_unit(256), second.exact(), "float16", tile)
+    assert_close(want[second.valid].astype(np.float64) * e4m3.half_unit(256), second.exact(), "float16", tile, 256)
     if overlap:  # each finds its own tables and weights as they were: only the codes come from the launch in front
         launches = [launch.overlapping() for launch in launches]
     poison(product)

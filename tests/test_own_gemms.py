@@ -42,7 +42,7 @@ def test_tiles_are_what_the_kernel_can_do(name):
         assert tiles.fitting(tile, experts, kernel.SHARED_BYTES) == tile
     for tile in sm90.TILES:
         assert tile.cluster in (1, 2)
-        assert tile.window in (1, 2)
+        assert tile.window in (0, 1, 2)
         assert tile.window < tile.stages, "stages that are on their way meanwhile"
         assert tile.rows % tile.box == tile.box % 8 == 0, "whole copies, in whole groups of the swizzle"
         assert tile.channels in (64, 128), "of one or two consumer warpgroups"
@@ -75,8 +75,9 @@ def test_many_experts_leave_room_for_fewer_stages(name, experts):
 def test_tiles_are_told_apart(name):
     kernel = KERNELS[name][0]
     assert len(set(kernel.TILES)) == len(kernel.TILES)
-    for k in (1024, 1 << 20):
-        limits = [entry.below for entry in kernel.PREFERRED if k < entry.below_k]
+    for k, short in ((1024, 0), (1024, 1024), (1 << 20, 0)):
+        weights = Weights(0, 8, 64, k, paired=False, short_columns=short)
+        limits = [entry.below for entry in kernel.PREFERRED if k < entry.below_k and entry.tile.suits(weights)]
         reached = limits[: limits.index(float("inf")) + 1]
         assert reached == sorted(reached)
     assert kernel.PREFERRED[-1].below == kernel.PREFERRED[-1].below_k == float("inf")
@@ -84,8 +85,26 @@ def test_tiles_are_told_apart(name):
 
 @pytest.mark.parametrize("rows", [8 << power for power in range(18)])
 def test_clusters_where_k_is_large(rows):
-    assert sm90.candidates(rows, 8, 4095)[0].cluster == 1
-    assert sm90.candidates(rows, 8, 4096)[0].cluster == (2 if rows >= 230 * 8 else 1)
+    def default(k):
+        return sm90.candidates(rows, Weights(0, 8, 64, k, paired=False))[0]
+
+    assert default(4095).cluster == 1
+    assert default(4096).cluster == (2 if rows >= 230 * 8 else 1)
+
+
+@pytest.mark.parametrize("rows", [8 << power for power in range(18)])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_short_sums_where_they_will_do(rows, invariant, cache):
+    """With many rows, for no more columns than the weights allow, and never where a token's bits are to stay."""
+    for k, short in ((1024, 1024), (1040, 1024), (4096, 4096), (4096, 0)):
+        weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
+        allowed = k <= short and not invariant
+        default, *others = sm90.candidates(rows, weights)
+        assert (default.window == 0) == (allowed and rows >= 230 * 8)
+        assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
+        short_one = next(tile for tile in sm90.TILES if tile.window == 0)
+        cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
+        assert (sm90.tile_for(0, weights, rows) == short_one) == (allowed), "what tuning found for other weights"
 
 
 @both
@@ -94,10 +113,13 @@ def test_clusters_where_k_is_large(rows):
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 1000, 100_000])
 def test_candidates(rows, experts, k, name):
     kernel = KERNELS[name][0]
-    default, *others = kernel.candidates(rows, experts, k)
     average = rows / max(min(rows, experts), 1)
-    assert default == next(e.tile for e in kernel.PREFERRED if average < e.below and k < e.below_k)
-    assert set(others) <= set(kernel.TILES) - {default}
+    for short in (0, k):
+        weights = Weights(0, experts, 64, k, paired=False, short_columns=short)
+        fitting = [entry for entry in kernel.PREFERRED if entry.tile.suits(weights)]
+        default, *others = kernel.candidates(rows, weights)
+        assert default == next(entry.tile for entry in fitting if average < entry.below and k < entry.below_k)
+        assert set(others) <= {tile for tile in kernel.TILES if tile.suits(weights)} - {default}
 
 
 @both
@@ -106,14 +128,14 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
     monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
     weights = kernel.Weights(0, 8, 64, 128, paired=False)
     default = kernel.tile_for(0, weights, 100)
-    assert default == kernel.candidates(100, 8, 128)[0]
+    assert default == kernel.candidates(100, weights)[0]
     other = next(tile for tile in kernel.TILES if tile != default)
     key = kernel.key(0, weights, 100)
     assert key.startswith(f"{name} ")
     assert key.endswith(" | a device | 8 x 64 x 128 | 128 rows")
     cache.store({key: {**other._asdict(), "us": 1.0, "default_us": 2.0}})
     assert kernel.tile_for(0, weights, 100) == kernel.tile_for(0, weights, 65) == other
-    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, 8, 128)[0], "another power of two"
+    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, weights)[0], "another power of two"
     for foreign in ({}, {"average": 8, "tile": 13, "option": 1}, {**other._asdict(), "rows": 13}):
         cache.store({key: foreign})
         assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
