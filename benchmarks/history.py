@@ -36,6 +36,7 @@ STEPS = {
     "76cf280c96": "kernels beside the GEMMs ask for more before they use any of it; fewer instructions per value",
     "15cd3d0954": "a block of `combine` takes several tokens only where their slots are few",
     "5f68009091": "fewer instructions in `combine`: nothing that a call would notice, what differs is the run",
+    "6d17c194c5": "GEMM 2 of many rows in turns: one warpgroup multiplies while the other ends its tile",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]

@@ -98,7 +98,7 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
         // Rows that do not exist are calculated too, and what is not stored has no branch: all rows overlap.
         const int down = 8 * (k / 2) + k % 2, at_sum = 4 * (k / 2) + k % 2;
         const bool exists = down < rows;
-        u8* const to = start + u64(pitch) * down;
+        [[maybe_unused]] u8* const to = start + u64(pitch) * down;
         const float a = sum[at_sum], b = sum[at_sum + 2];
         if constexpr (END == PRODUCT) {
             struct alignas(2 * sizeof(Out)) Two { Out a, b; } two;

@@ -37,7 +37,7 @@
 constexpr int SUMS = ROWS / 2;  // of a thread, for each stretch of 64 weight rows
 constexpr int STRETCHES = IN_TURNS ? 2 : 1;  // of a warpgroup
 constexpr bool LARGE = ROWS > 48;  // a block takes all registers of a multiprocessor
-constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
+[[maybe_unused]] constexpr bool OVERLAPPED = ROWS <= 96 && WINDOW == 1;  // registers are left for the products of two stages
 static_assert(ROWS % 16 == 0, "half of the rows is a multiple of 8");
 static_assert(!LARGE || CHANNELS == 128, "setmaxnreg counts two warpgroups");
 static_assert(!IN_TURNS || (LARGE && END == PRODUCT), "shorter sums are not for what is encoded afterwards");
