@@ -3,30 +3,37 @@
 
 ``python -m benchmarks.tiles [--backend mma] --out FILE.json`` writes ``header`` and, for each layer and number of
 tokens M, the tiles with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform
-routing; both GEMMs take the same tile). It prints, for ranges of rows per expert, which tiles lose least against the
-best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and `cupy_moe.mma` is made from.
+routing; both GEMMs take the same tile, or GEMM 2 alone one that does not suit GEMM 1). It prints, for ranges of rows
+per expert, which tiles lose least against the best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and
+`cupy_moe.mma` is made from.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import cupy_moe
 from benchmarks import cases, timing
 from benchmarks.records import make_header, make_parser, save
-from cupy_moe import mma, sm90
+from cupy_moe import gemms, mma, sm90
 from cupy_moe.tiles import Tile, Weights
 
 KERNELS = {"sm90": sm90, "mma": mma}
 TOKENS = (*cases.TOKENS, 1024, 2048, 4096)
 
 
+def taking(tile: Tile, usual: Callable[[int, Weights, int], Tile]) -> Callable[[int, Weights, int], Tile]:
+    """A ``tile_for`` that takes ``tile`` wherever it suits the weights."""
+    return lambda device, weights, rows: tile if tile.suits(weights) else usual(device, weights, rows)
+
+
 def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: Tile) -> float:
     """Microseconds of a call whose GEMMs take ``tile``."""
-    with mock.patch.object(KERNELS[backend], "tile_for", return_value=tile):
+    with mock.patch.object(KERNELS[backend], "tile_for", taking(tile, KERNELS[backend].tile_for)):
         experts = cupy_moe.Experts(
             weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend=backend
         )
@@ -49,8 +56,8 @@ def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
         inputs = cases.make_inputs(shape, tokens, weights=weights)
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
-        w1 = Weights(0, shape[0], 2 * shape[3], shape[2], paired=True)
-        tiles = KERNELS[backend].candidates(rows, w1)
+        w2 = Weights(0, shape[0], shape[2], shape[3], paired=False, short_columns=gemms.SHORT_COLUMNS)
+        tiles = KERNELS[backend].candidates(rows, w2)
         times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
         ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
         records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})

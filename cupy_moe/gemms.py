@@ -28,8 +28,6 @@ FINE_ELEMENTS = 1 << 20
 """Up to this many elements, 4 MB, GEMM 1's product costs nothing worth saving."""
 PACKED_ROWS = {"tensor": 32, "token": 192}
 """Rows per expert, by scheme, from which on what GEMM 1 leaves is packed: groups of rows are filled up."""
-
-
 SHORT_COLUMNS = 4096
 """Columns of ``w2`` whose products the tensor cores may add up on their own, in sums shorter than float32.
 

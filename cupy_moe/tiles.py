@@ -95,8 +95,8 @@ class Tiles(Generic[T]):
 class Weights:
     """Weights (experts, n, k) of codes at ``pointer``, n and k multiples of 16; ``paired``: gates, then ups.
 
-    ``batch_invariant``: a row's product must not depend on how many rows there are. ``short_columns``: up to so many
-    the sums of the tensor cores, which are shorter than float32, will do, and beyond them for a part of the columns.
+    ``batch_invariant``: a row's product must not depend on how many rows there are. ``short_columns``: with no
+    more columns than that the sums of the tensor cores, which are shorter than float32, will do for all of them.
     """
 
     def __init__(

@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     step_cases,
     steps,
     table,
+    tiles,
     timeline,
     timing,
 )  # fmt: skip
@@ -151,6 +152,24 @@ def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(choices.ERROR_LIMITS, "cupy_moe", 0)
     assert invariance.main(["--out", str(out)]) == 1
     assert len(json.loads(out.read_text())["failures"]) == 2
+
+
+@pytest.mark.parametrize(("columns", "timed"), [(4096, {0, 1, 2}), (4112, {1, 2})])
+def test_tiles_that_suit_one_gemm(columns, timed, monkeypatch):
+    """That GEMM takes them, the other one what it takes anyway; with more columns none does."""
+    taken = []
+    monkeypatch.setattr(cases, "make_weights", lambda shape: None)
+    monkeypatch.setattr(cases, "make_inputs", lambda shape, tokens, weights: None)
+    monkeypatch.setattr(tiles, "time_tile", lambda backend, weights, inputs, tile: taken.append(tile) or len(taken))
+    of_w1, of_w2 = (
+        tiles.Weights(0, 4, 64, k, paired=False, short_columns=short) for k, short in ((1024, 0), (columns, 4096))
+    )
+    assert len(tiles.measure("sm90", (4, 2, 1024, columns))) == len(tiles.TOKENS)
+    assert {tile.window for tile in taken} == timed
+    for tile in taken:
+        tile_for = tiles.taking(tile, lambda device, weights, rows: "the usual one")
+        assert tile_for(0, of_w2, 9) == tile
+        assert tile_for(0, of_w1, 9) == (tile if tile.window else "the usual one")
 
 
 def test_early(no_clock, monkeypatch, tmp_path, capsys):

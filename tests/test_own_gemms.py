@@ -104,7 +104,7 @@ def test_short_sums_where_they_will_do(rows, invariant, cache):
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
         cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
-        assert (sm90.tile_for(0, weights, rows) == short_one) == (allowed), "what tuning found for other weights"
+        assert (sm90.tile_for(0, weights, rows) == short_one) == allowed, "what tuning found for other weights"
 
 
 @both
