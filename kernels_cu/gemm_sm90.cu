@@ -57,6 +57,19 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
 }
 
+// What the producer has written for the first stage of a tile. An arrival stands for what its own thread has read: the lane
+// that will arrive at the barrier of this block reads for the warp.
+__device__ __forceinline__ Place read_place(const Ring& ring, int stage) {
+    Place at = {};
+    // Not in a branch: the compiler would lose sight of the fact that all lanes find the same place, and spill.
+    asm volatile(
+        "{\n\t.reg .pred reads;\n\tsetp.eq.u32 reads, %5, %6;\n\t@reads ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "+r"(at.expert), "+r"(at.channel_tile), "+r"(at.row), "+r"(at.count)
+        : "r"(shared_address(&ring.place(stage))), "r"(threadIdx.x % LANES), "r"(rank()) : "memory");
+    const auto of_all = [](int word) { return int(__reduce_or_sync(FULL_WARP, word)); };
+    return {of_all(at.expert), of_all(at.channel_tile), of_all(at.row), of_all(at.count)};
+}
+
 // By each warp that has read it.
 __device__ __forceinline__ void release(const Ring& ring, int stage) {
     const int lane = threadIdx.x % LANES;
@@ -111,7 +124,9 @@ struct Turn {
     __device__ __forceinline__ bool wait_for() {
         wait(shared.turn + mine, parity);
         parity ^= 1;
-        return !*const_cast<volatile bool*>(shared.ended + mine);
+        // Read by the lane that arrives, as a place is.
+        const bool over = threadIdx.x % LANES == 0 && *const_cast<volatile bool*>(shared.ended + mine);
+        return !__any_sync(FULL_WARP, over);
     }
     __device__ __forceinline__ void pass_on(bool ended) {
         if (threadIdx.x % LANES > 0) return;
@@ -215,7 +230,7 @@ __device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, 
     if (IN_TURNS && turn.mine > 0) state.skip(groups.steps);
     while (!IN_TURNS || turn.wait_for()) {
         wait(ring.full(state.stage), state.parity);
-        const Place at = ring.place(state.stage);
+        const Place at = read_place(ring, state.stage);
         if (at.count == 0) {
             if constexpr (IN_TURNS) turn.pass_on(true);
             return;
@@ -249,8 +264,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         prefetch_map(weights);
         prefetch_map(rows);
         shared.largest = 0;
-        for (u64& turn : shared.turn) init_barrier(&turn, READERS);
-        shared.ended[0] = shared.ended[1] = false;
+        if constexpr (IN_TURNS) {
+            for (u64& turn : shared.turn) init_barrier(&turn, READERS);
+            shared.ended[0] = shared.ended[1] = false;
+        }
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(ring.full(i), 1);
             init_barrier(ring.empty(i), CLUSTER * READERS);

@@ -169,7 +169,8 @@ def own_gemms(only):
     for tile in dict.fromkeys(itertools.chain(*chosen)):
         counts = [0, 3, 0, tile.rows + 5, 1]
         for padded in (0, tile.rows + 7):
-            case = Case(1, counts, 48, 144, max_tokens=padded)
+            # The longer one has more steps than a tile has stages.
+            case, longer = (Case(1, counts, 48, k, max_tokens=padded) for k in (144, 1040))
             for dtype in ("float16", "float32"):
                 got = case.product(tile, dtype)[1]
                 check(f"{tile} {dtype}, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
@@ -177,8 +178,10 @@ def own_gemms(only):
                 got = case.product(tile)[1]
                 check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
             with mock.patch.object(tiles, "multiprocessors", return_value=2):  # several tiles for a block
-                got = case.product(tile)[1]
-                check(f"{tile} on few blocks, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
+                for some in (case, longer):
+                    got = some.product(tile)[1]
+                    label = f"{tile} on few blocks, {padded} padded rows, {some.k} columns"
+                    check(label, got, some.exact(on_host=True), 1e-3)
             if tile.bare:
                 continue
             layer = Layer(2, counts, 19, 144, kind="(E, 2)", max_tokens=padded)
