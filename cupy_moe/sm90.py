@@ -16,8 +16,6 @@ SHARED_BYTES = (227 << 10) - 64
 """What a block can have of shared memory, beside ``struct Shared``."""
 EARLY = 4
 """Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
-MOST_SCALED_ROWS = 192
-"""With more, the registers of a block without a cluster do not hold the scales of its rows beside their sums."""
 IN_STEP_COLUMNS = 24576
 """Columns of the weights from which on clusters keep in step, so that they find one another's data in the L2 cache."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
@@ -118,8 +116,6 @@ def grouped_gemm(
     tile = tiles.fitting(tile or tile_for(device, weights, rows), weights.experts, SHARED_BYTES)
     if weights.batch_invariant:  # every tile adds in the same order
         tile = tile._replace(window=1)
-    if end.x_scale.row_stride and tile.rows > MOST_SCALED_ROWS:
-        tile = tile._replace(cluster=2)
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, CHANNELS=tile.channels, STAGES=tile.stages,
         EARLY=min(EARLY, tile.stages), BOX=tile.box, CLUSTER=tile.cluster, WINDOW=tile.window,

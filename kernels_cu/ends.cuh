@@ -12,7 +12,7 @@ struct Epilogue {
     long long pitch;
     int cols;                  // columns that exist; zeros up to out_cols if CODES
     int out_cols;
-    float unit;                // PRODUCT: factor; else of the row scales
+    float unit;                // PRODUCT: factor; else of x_scale, unless ROW_SCALES
     const float* x_scale;      // [row] if ROW_SCALES, else [expert * x_scale_expert_stride]; null: 1
     int x_scale_expert_stride;
     const float* w_scale;      // [expert * w_scale_stride + up * w_scale_up (+ col)]; null: 1
@@ -38,7 +38,7 @@ struct Channel {
 // What the end of a tile needs from memory, loaded before the multiplication so that nothing waits for it afterwards.
 template <int COUNT>  // rows of the tile that a warp has, a multiple of 8
 struct Scales {
-    // To be multiplied by unit: that of row LANES * i + lane at i, or one for all.
+    // That of row LANES * i + lane at i, or one for all, to be multiplied by unit.
     float rows[ROW_SCALES ? (COUNT + LANES - 1) / LANES : 1];
     Channel first, second;  // of this thread's pair of channels
     float code;             // of CODES
@@ -59,8 +59,8 @@ struct Scales {
         }
     }
     // That of row down + first, for a `down` known when this is compiled and a `first` below 8.
-    __device__ __forceinline__ float of_row(int down, int first) const {
-        return ROW_SCALES ? __shfl_sync(FULL_WARP, rows[down / LANES], down % LANES + first) : rows[0];
+    __device__ __forceinline__ float of_row(int down, int first, float unit) const {
+        return ROW_SCALES ? __shfl_sync(FULL_WARP, rows[down / LANES], down % LANES + first) : rows[0] * unit;
     }
 };
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ float finish(const Epilogue& end, const Place& at, co
             from_float(b * end.unit, two.b);
             if (exists) *reinterpret_cast<Two*>(to) = two;
         } else {
-            const float row_scale = scales.of_row(down, first_row) * end.unit;
+            const float row_scale = scales.of_row(down, first_row, end.unit);
             const float scaled = scales.first.of(a, row_scale), other = scales.second.of(b, row_scale);
             const float x = activate<ACT>(scaled, other), y = GATED ? 0.0f : activate<ACT>(other, 0.0f);
             if (MEASURED && exists) {

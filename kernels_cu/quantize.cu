@@ -34,6 +34,19 @@ extern "C" __global__ void amax_tokens(
     if (!waits) wait_for_previous_kernel();
 }
 
+// The whole lines of what this block has read of a token. The threads of a line are in one warp.
+__device__ __forceinline__ void discard_lines(const In* x, int cols) {
+    constexpr int LINE_COLS = LINE / int(sizeof(In)), LINE_THREADS = LINE_COLS / VECTOR;
+    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < VECS; ++i) {
+        const int col = (first + i * int(blockDim.x)) * VECTOR;
+        const bool begins = threadIdx.x % LINE_THREADS == 0 && reinterpret_cast<u64>(x + col) % LINE == 0;
+        if (begins && col + LINE_COLS <= cols) discard_line(x + col);
+    }
+}
+
 // One block takes one token (blockIdx.x).
 extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     const In* x, long long x_pitch,
@@ -59,4 +72,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
          out_pitch, scale_out},
         token, blockIdx.x == 0, wanted, [] { if constexpr (!FRESH) wait_for_previous_kernel(); },
         [&](int slot) { return rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
+    // Nobody else reads what GEMM 1 has left: it need not go to memory.
+    if constexpr (FRESH && IN_ALIGNED)
+        if (wanted) discard_lines(x + token * x_pitch, cols);
 }
