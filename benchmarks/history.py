@@ -37,7 +37,7 @@ STEPS = {
     "15cd3d0954": "a block of `combine` takes several tokens only where their slots are few",
     "5f68009091": "fewer instructions in `combine`: nothing that a call would notice, what differs is the run",
     "6d17c194c5": "GEMM 2 of many rows in turns: one warpgroup multiplies while the other ends its tile",
-    "afc8966852": "faster with scales per token; with one per tensor, what differs is the run",
+    "afc8966852": "nothing new with one scale, what differs is the run; scales per token need no clusters",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]

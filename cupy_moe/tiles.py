@@ -84,8 +84,8 @@ class Tiles(Generic[T]):
     def tuned(self, device: int, weights: Weights, rows: int) -> T | None:
         """What tuning has found for ``rows`` rows in all."""
         record = tuning.CACHE.find(self.key(device, weights, rows)) or {}
-        fitting = (tile for tile in self.all if tile._asdict().items() <= record.items() and tile.suits(weights))
-        return next(fitting, None)
+        known = (tile for tile in self.all if tile._asdict().items() <= record.items() and tile.suits(weights))
+        return next(known, None)
 
     def tile_for(self, device: int, weights: Weights, rows: int) -> T:
         """The same, or else the default."""

@@ -156,7 +156,10 @@ def combine_and_choose(rng, routing):
 
 
 def own_gemms(only):
-    """Every end of the kernels of our own, in the first tile, the largest and the last; rows cut off, empty experts."""
+    """Every end of the kernels of our own, in the first tile, the largest, the last and those for bare products alone.
+
+    Rows are cut off and experts empty.
+    """
     from own_gemm_cases import TILES, Case, Layer, problem
 
     from cupy_moe import sm90, tiles
