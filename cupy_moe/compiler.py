@@ -98,6 +98,14 @@ def has_clusters(device: int) -> bool:
 
 
 @cache
+def multiprocessors(device: int) -> int:
+    """How many the device has."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@cache
 def _module(file: str, constants: tuple[tuple[str, Any], ...], device: int) -> Any:
     import cupy
 

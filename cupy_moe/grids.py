@@ -8,10 +8,12 @@ from typing import NamedTuple
 VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
-"""Threads of a block that holds a row in registers, as in ``common.cuh``; of one of `activation_quantize` with halves
-and at most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps. With a bias the registers would not
-do."""
+"""Threads of a block that holds a row, as in ``common.cuh``; and of one of `activation_quantize` that has a
+multiprocessor for itself and at most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps."""
 FEW_VECTORS = 4
+FEWEST_IN_REGISTERS, MOST_IN_SHARED = 2, 6
+"""Of the vectors of a thread of `activation_quantize` that wait for the scale of their row: with two in registers, two
+blocks share a multiprocessor, and six in shared memory are what every device has room for."""
 STRETCH_THREADS, NARROW_THREADS = 256, 64
 """Threads per block where a row may be cut into stretches, and where the L1 cache is to hold what its columns have."""
 WORDS_IN_FLIGHT, MOST_STRIPES = 4, 64
@@ -56,6 +58,13 @@ def whole_rows(cols: int, most_threads: int = MAX_ROW_THREADS, *, several: bool)
 def bound(threads: int) -> int:
     """The least of the numbers of threads that a kernel is compiled for which is at least ``threads``."""
     return next(n for n in (STRETCH_THREADS, MAX_ROW_THREADS, MORE_ROW_THREADS) if threads <= n)
+
+
+def in_shared(grid: Grid) -> int:
+    """How many vectors of each thread of `activation_quantize` wait for the scale of their row in shared memory."""
+    if grid.threads > MAX_ROW_THREADS:
+        return 0  # one block to a multiprocessor, whose registers have room for all
+    return min(max(grid.per_thread - FEWEST_IN_REGISTERS, 0), MOST_IN_SHARED)
 
 
 def words(tokens: int, rows: int, words_of_row: int) -> tuple[tuple[int, int], int, int]:

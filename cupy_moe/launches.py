@@ -132,19 +132,19 @@ def activation_quantize(
     bias: Bias = NO_BIAS, row_experts: int = 0, scale: RowScale = UNSCALED, partials: int = 0, scale_out: int = 0,
 ) -> list[Launch]:
     """``activation_quantize``, in mode TENSOR behind ``amax_rows``: ``cols`` gates (ups from ``up_column``)."""
-    if mode == "TOKEN":
-        # Many threads to a row, few vectors to each: some activate while others wait for memory.
-        more = x.itemsize == 2 and bias.dtype == NO_BIAS.dtype
-        grid = grids.whole_rows(out_cols, grids.MORE_ROW_THREADS if more else grids.MAX_ROW_THREADS, several=False)
-    else:
-        grid = grids.stretches(out_cols, per_thread=2 if rows >= grids.MANY_ROWS else 1)
     aligned = x.aligned(cols) and (not gated or x.aligned(up_column)) and _columns_aligned(cols, w_scale, bias)
+    grid, shared = grids.stretches(out_cols, per_thread=2 if rows >= grids.MANY_ROWS else 1), 0
+    if mode == "TOKEN":
+        # Few rows: as many threads to each as registers allow. Otherwise blocks that leave a multiprocessor to two.
+        more = rows <= compiler.multiprocessors(device) and aligned and x.itemsize == 2 and bias.dtype == NO_BIAS.dtype
+        grid = grids.whole_rows(out_cols, grids.MORE_ROW_THREADS if more else grids.MAX_ROW_THREADS, several=False)
+        shared = grids.in_shared(grid)
 
     def kernel(name: str) -> Kernel:
         return compiler.kernel(
             "activation.cu", name, device, In=compiler.CUDA_TYPES[x.dtype],
             Bias=compiler.CUDA_TYPES.get(bias.dtype, "None"), MODE=mode, ACT=activation.upper(),
-            VECS=grid.per_thread, ROW_THREADS=grids.bound(grid.threads), IN_ALIGNED=aligned,
+            VECS=grid.per_thread, IN_SHARED=shared, ROW_THREADS=grids.bound(grid.threads), IN_ALIGNED=aligned,
             OUT_ALIGNED=out.aligned(out_cols), PER_CHANNEL=w_scale.per_channel,
         )
 
@@ -158,9 +158,10 @@ def activation_quantize(
         Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
     ]
     return [*amax, Launch(
-        kernel("activation_quantize"), (rows, grid.stretches), grid.threads, source=source, partials=partials,
-        scale_in=scale.pointer, scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols,
-        out=out.pointer, out_pitch=out.pitch, scale_out=scale_out,
+        kernel("activation_quantize"), (rows, grid.stretches), grid.threads,
+        shared_bytes=shared * grid.threads * VECTOR * 4, source=source, partials=partials, scale_in=scale.pointer,
+        scale_value=scale.value, scale_expert_stride=scale.expert_stride, out_cols=out_cols, out=out.pointer,
+        out_pitch=out.pitch, scale_out=scale_out,
     )]
 
 

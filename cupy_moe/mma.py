@@ -60,7 +60,7 @@ def grouped_gemm(
     channel_tiles = -(-weights.n // CHANNELS)
     most = tiles.most_row_tiles(rows, tile.rows, weights.experts) * channel_tiles
     return Launch(
-        kernel, (min(most, tiles.multiprocessors(device), PARTIALS), 1), THREADS,
+        kernel, (min(most, compiler.multiprocessors(device), PARTIALS), 1), THREADS,
         shared_bytes=tile.shared_bytes(weights.experts),
         operands={"weights": weights.pointer, "rows": x.pointer, "n": weights.n, "k": weights.k, "pitch": x.pitch},
         groups=groups._asdict() | {

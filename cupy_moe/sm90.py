@@ -91,7 +91,7 @@ def tile_for(device: int, weights: Weights, rows: int) -> Tile:
     """What tuning has found for ``rows`` rows in all, or else the default."""
     tuned, tile = _CHOICE.tuned(device, weights, rows), candidates(rows, weights)[0]
     if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
-        few = 2 * tile.most(rows, weights.experts, weights.n) <= tiles.multiprocessors(device)
+        few = 2 * tile.most(rows, weights.experts, weights.n) <= compiler.multiprocessors(device)
         tile = NARROW if few else tile
     return tuned or tile
 
@@ -122,7 +122,7 @@ def grouped_gemm(
         IN_STEP=tile.cluster > 1 and weights.k >= IN_STEP_COLUMNS, **tiles.constants(end, out),
     )
     most = tile.most(rows, weights.experts, weights.n)
-    clusters = min(most, min(tiles.multiprocessors(device), PARTIALS) // tile.cluster)
+    clusters = min(most, min(compiler.multiprocessors(device), PARTIALS) // tile.cluster)
     return Launch(
         kernel, (clusters * tile.cluster, 1), 2 * tile.channels + WARPGROUP,
         shared_bytes=tile.shared_bytes(weights.experts), weights={"words": weight_map(weights, tile.channels)},

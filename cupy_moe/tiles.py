@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from cupy_moe import compiler, tuning
@@ -154,11 +153,3 @@ def epilogue(end: End, out: Matrix) -> dict[str, Any]:
 def most_row_tiles(rows: int, tile_rows: int, experts: int) -> int:
     """How many row tiles ``rows`` rows can have in all, however they are spread over the experts."""
     return rows // tile_rows + min(rows, experts)
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """How many the device has."""
-    import cupy
-
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

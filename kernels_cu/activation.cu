@@ -9,6 +9,7 @@
 //   MODE        where the scale of the result comes from, see activation_quantize
 //   ACT         activation (enum Act)
 //   VECS        vectors of eight columns per thread
+//   IN_SHARED   how many of those wait for the scale in shared memory, 32 bytes each, and not in registers
 //   ROW_THREADS threads of a block of activation_quantize, at most
 //   IN_ALIGNED, OUT_ALIGNED    16-byte loads, 8-byte stores
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
@@ -135,12 +136,52 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) amax_row
     if (threadIdx.x == 0) partials[blockIdx.x] = of_block;
 }
 
+// Activated vectors of a thread: the first ones in registers, the others in shared memory.
+struct Activated {
+    static constexpr int IN_REGISTERS = VECS - IN_SHARED;
+    float first[IN_REGISTERS][VECTOR];
+
+    static __device__ __forceinline__ float4& half_of(int i, int half) {  // beside that of the next thread
+        extern __shared__ float4 others[];
+        return others[(2 * (i - IN_REGISTERS) + half) * blockDim.x + threadIdx.x];
+    }
+
+    template <typename Make>
+    __device__ __forceinline__ void make(Make make_one) {
+#pragma unroll
+        for (int i = 0; i < IN_REGISTERS; ++i) make_one(i, first[i]);
+#pragma unroll 1
+        for (int i = IN_REGISTERS; i < VECS; ++i) {
+            float v[VECTOR];
+            make_one(i, v);
+            half_of(i, 0) = {v[0], v[1], v[2], v[3]};
+            half_of(i, 1) = {v[4], v[5], v[6], v[7]};
+        }
+    }
+
+    template <typename Use>
+    __device__ __forceinline__ void use(Use use_one) const {
+#pragma unroll
+        for (int i = 0; i < IN_REGISTERS; ++i) use_one(i, first[i]);
+#pragma unroll 1
+        for (int i = IN_REGISTERS; i < VECS; ++i) {
+            const float4 low = half_of(i, 0), high = half_of(i, 1);
+            use_one(i, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
+        }
+    }
+};
+
+// Blocks per multiprocessor, at least: two where registers do, since one waits for its maximum while the other loads.
+constexpr bool TWO_ROWS = MODE == TOKEN && ROW_THREADS <= MAX_ROW_THREADS && Activated::IN_REGISTERS <= 2 &&
+                          sizeof(In) == 2 && sizeof(Bias) == 1 && IN_ALIGNED;
+constexpr int ROW_BLOCKS = TWO_ROWS ? 2 : 1;
+
 // One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
 // (blockIdx.y). The scale is, by MODE,
 //   TENSOR      that of the maximum in partials, left in scale_out[0] too
 //   STATIC      scale_in[expert * scale_expert_stride]
 //   TOKEN       that of the row, left in scale_out[row]
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) activation_quantize(
     Source source,
     const float* partials,                    // TENSOR
     const float* __restrict__ scale_in,       // STATIC; null: scale_value
@@ -160,21 +201,20 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
     // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
     // Otherwise the GEMM is, and all but x is older.
     if constexpr (MODE != TENSOR) wait_for_previous_kernel();
-    Unactivated columns[VECS];
-    float v[VECS][VECTOR];
+    // All columns of a thread are loaded at once, or those of a whole row while the ones before are activated.
+    constexpr int AHEAD = MODE == TOKEN ? 1 : VECS;
+    Unactivated columns[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) columns[i].load(source, row, any, col_of(i));
+    Activated activated;
     int largest = 0;
     const auto activate_all = [&] {
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            if constexpr (MODE == TOKEN) {  // a row is too much to load at once, and one by one, ptxas would try
-                if (!IN_ALIGNED && col_of(i) >= source.cols) break;
-                columns[i].load(source, row, any, col_of(i));
-            }
-            largest = columns[i].activated(by, largest, v[i]);
-        }
+        activated.make([&](int i, float (&v)[VECTOR]) {
+            const Unactivated now = columns[MODE == TOKEN ? 0 : i];
+            if constexpr (MODE == TOKEN) columns[0].load(source, row, any, col_of(i + 1));
+            largest = now.activated(by, largest, v);
+        });
     };
-#pragma unroll
-    for (int i = 0; MODE != TOKEN && i < VECS; ++i) columns[i].load(source, row, any, col_of(i));
 
     float scale = 1.0f;
     if constexpr (MODE == TENSOR) {
@@ -191,10 +231,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) activation_quantize(
         if (threadIdx.x == 0) scale_out[row] = scale;
     }
     const Divisor divisor(scale);
-#pragma unroll
-    for (int i = 0; i < VECS; ++i) {
+    activated.use([&](int i, const float (&v)[VECTOR]) {
         const int col = col_of(i);
-        const uint2 codes = col < source.cols ? encode_vector(v[i], divisor) : uint2{0, 0};
+        const uint2 codes = col < source.cols ? encode_vector(v, divisor) : uint2{0, 0};
         if (col < out_cols) store_codes<OUT_ALIGNED>(out + row * out_pitch + col, out_cols - col, codes);
-    }
+    });
 }

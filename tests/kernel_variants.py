@@ -55,7 +55,7 @@ def record(calls):
 
     patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (dispatch, "Launch", launch),
                (sm90, "Launch", launch), (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
-               (tiles, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))  # fmt: skip
+               (compiler, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))

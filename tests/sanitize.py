@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_moe
-from cupy_moe import Workspace, backend, dispatch, e4m3, grids, reference
+from cupy_moe import Workspace, backend, compiler, dispatch, e4m3, grids, reference
 
 EXPERTS, TOPK = 5, 3
 CHECKS: list[tuple[str, float]] = []
@@ -135,6 +135,10 @@ def activate(rng, routing):
                     compare(f"{activation} {cols} static", "activation_quantize", x, activation, scale=0.01, **options)
             options["row_experts"] = np.maximum(routing.row_experts, 0)  # the scales of rows without an expert are free
             compare(f"{activation} {cols} token", "activation_quantize", x, activation, per_token=True, **options)
+    for rows in (3, 1):  # few of them, or many: all of a row in registers, or a part
+        with mock.patch.object(compiler, "multiprocessors", return_value=2):
+            x = draw(rng, (rows, 2 * 12296), np.float16)
+            compare(f"{rows} wide token", "activation_quantize", x, per_token=True, limit=2e-2)
 
 
 def combine_and_choose(rng, routing):
@@ -162,7 +166,7 @@ def own_gemms(only):
     """
     from own_gemm_cases import TILES, Case, Layer, problem
 
-    from cupy_moe import sm90, tiles
+    from cupy_moe import sm90
 
     kernels = [kernel for kernel in TILES if only in (None, kernel.split()[0]) and not problem(kernel)]
     chosen = [
@@ -180,7 +184,7 @@ def own_gemms(only):
             with mock.patch.object(sm90, "IN_STEP_COLUMNS", 0):
                 got = case.product(tile)[1]
                 check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
-            with mock.patch.object(tiles, "multiprocessors", return_value=2):  # several tiles for a block
+            with mock.patch.object(compiler, "multiprocessors", return_value=2):  # several tiles for a block
                 for some in (case, longer):
                     got = some.product(tile)[1]
                     label = f"{tile} on few blocks, {padded} padded rows, {some.k} columns"

@@ -31,8 +31,8 @@ VALUES = {
     "requantize.cu": {"MODE": {"TENSOR", "TOKEN"}},
     "activation.cu": {
         "In": TYPES, "Bias": TYPES | {"None"}, "MODE": set(enum("Mode")), "ACT": set(enum("Act")),
-        "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False}, "OUT_ALIGNED": {True, False},
-        "PER_CHANNEL": {True, False},
+        "VECS": {1, 2, 4, 6, 7, 8}, "IN_SHARED": {0, 2, 4, 5, grids.MOST_IN_SHARED}, "IN_ALIGNED": {True, False},
+        "OUT_ALIGNED": {True, False}, "PER_CHANNEL": {True, False},
         "ROW_THREADS": {grids.STRETCH_THREADS, grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
     },
     "combine.cu": {

@@ -22,7 +22,7 @@ from gpu_cases import (
 )
 
 import cupy_moe
-from cupy_moe import dispatch, e4m3, reference
+from cupy_moe import compiler, dispatch, e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS
 from cupy_moe.launches import PARTIALS, Maps, Matrix, RowScale, Tables
@@ -226,8 +226,11 @@ def test_activation_bias(bias, cols, seed):
 
 
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "gelu_no_mul"])
-@pytest.mark.parametrize("cols", [28672, 32768, 32765])
-def test_activation_wide_rows(activation, cols, seed):
+@pytest.mark.parametrize("cols", [9000, 16384, 28672, 32768, 32765, 50008])
+@pytest.mark.parametrize("multiprocessors", [2, 3])
+def test_activation_wide_rows(activation, cols, multiprocessors, seed, monkeypatch):
+    """More rows than multiprocessors, so that two blocks share one, or as many."""
+    monkeypatch.setattr(compiler, "multiprocessors", lambda device: multiprocessors)
     x = product(seed, 3, cols, activation, "float16")
     bias = normal(seed + 1, (1, x.shape[1]))
     check_activation(x, activation, per_token=True)

@@ -17,6 +17,9 @@ def test_blocks_of_whole_rows(several, most):
         assert grid.stretches * grid.threads * grid.per_thread * grids.VECTOR >= cols
         few = grid.per_thread <= grids.FEW_VECTORS
         assert grid.threads <= (most if few else grids.MAX_ROW_THREADS), f"{cols} columns"
+        shared = grids.in_shared(grid)
+        assert 0 <= shared < grid.per_thread
+        assert shared * grid.threads * grids.VECTOR * 4 <= 99 << 10, f"{cols} columns"  # what every device has
 
 
 @pytest.mark.parametrize("rows", [1, 300, 2**31 - 1])

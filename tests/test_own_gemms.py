@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 import kernels_cu
-from cupy_moe import arrays, backend, mma, sm90, tiles, tuning
+from cupy_moe import arrays, backend, compiler, mma, sm90, tiles, tuning
 from cupy_moe.sm90 import Weights
 from cupy_moe.tuning import Cache
 
@@ -142,7 +142,7 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
 
 
 def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
-    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(compiler, "multiprocessors", lambda device: 132)
     usual, narrow, k = sm90.PREFERRED[0].tile, sm90.NARROW, sm90.NARROW_COLUMNS
     layers = {(8, 4096, k): {1: narrow, 2: narrow, 3: usual}, (8, 4096, k - 16): {2: usual}, (8, 8448, k): {1: narrow},
               (8, 8464, k): {1: usual}, (1, 4096, k): {1: narrow, 4: narrow, 5: sm90.Tile(32, 6)}}  # fmt: skip
