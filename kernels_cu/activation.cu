@@ -163,7 +163,7 @@ struct Activated {
     __device__ __forceinline__ void use(Use use_one) const {
 #pragma unroll
         for (int i = 0; i < IN_REGISTERS; ++i) use_one(i, first[i]);
-#pragma unroll 1
+#pragma unroll IN_ALIGNED ? VECS : 1
         for (int i = IN_REGISTERS; i < VECS; ++i) {
             const float4 low = half_of(i, 0), high = half_of(i, 1);
             use_one(i, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
@@ -171,10 +171,10 @@ struct Activated {
     }
 };
 
-// Blocks per multiprocessor, at least: two where registers do, since one waits for its maximum while the other loads.
-constexpr bool TWO_ROWS = MODE == TOKEN && ROW_THREADS <= MAX_ROW_THREADS && Activated::IN_REGISTERS <= 2 &&
-                          sizeof(In) == 2 && sizeof(Bias) == 1 && IN_ALIGNED;
-constexpr int ROW_BLOCKS = TWO_ROWS ? 2 : 1;
+// Blocks per multiprocessor, at least: two where shared memory is for that and registers do, since one waits for its maximum
+// while the other loads; one of more threads has all registers. 0: for the compiler, which would take more of them with 1.
+constexpr bool TWO_ROWS = IN_SHARED > 0 && Activated::IN_REGISTERS <= 2 && sizeof(In) == 2 && sizeof(Bias) == 1 && IN_ALIGNED;
+constexpr int ROW_BLOCKS = TWO_ROWS ? 2 : ROW_THREADS > MAX_ROW_THREADS ? 1 : 0;
 
 // One block takes one row (blockIdx.x) and, where no maximum over the row is needed, one stretch of its columns
 // (blockIdx.y). The scale is, by MODE,
