@@ -66,13 +66,20 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
         wait_for_previous_kernel();
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
+    // Nobody else reads what GEMM 1 has left: it need not go to memory.
+    const auto discard = [&] {
+        if constexpr (FRESH && IN_ALIGNED)
+            if (wanted) discard_lines(x + token * x_pitch, cols);
+    };
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     quantize_token(
         {x, x_pitch, topk_weights, partials, scale_in, scale_value, scale_stride, int(gridDim.x), topk, cols, out_cols, out,
          out_pitch, scale_out},
-        token, blockIdx.x == 0, wanted, [] { if constexpr (!FRESH) wait_for_previous_kernel(); },
+        token, blockIdx.x == 0, wanted,
+        [&] {
+            if constexpr (!FRESH) wait_for_previous_kernel();
+            if constexpr (MODE == TOKEN) discard();  // the maximum has waited for all of the row
+        },
         [&](int slot) { return rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
-    // Nobody else reads what GEMM 1 has left: it need not go to memory.
-    if constexpr (FRESH && IN_ALIGNED)
-        if (wanted) discard_lines(x + token * x_pitch, cols);
+    if constexpr (MODE == TENSOR) discard();
 }
