@@ -138,7 +138,7 @@ def _behind_amax(
 def requantize(case: Case, scheme: str) -> Step:
     """What GEMM 1 of the backend sm90 leaves, activated, to the codes of GEMM 2.
 
-    Many values are packed, and lost when they have been read once.
+    They are lost when they have been read once.
     """
     codes, owners = case.empty(case.rows, case.inner, dtype=FP8), case.routing.row_experts
     scale, partials, told = case.scaling(scheme)
@@ -151,9 +151,10 @@ def requantize(case: Case, scheme: str) -> Step:
         )]  # fmt: skip
         read: Arrays = (words, spans)
     else:
-        words = x = case.normal(case.rows, case.inner, dtype=torch.float32)
+        x = case.normal(case.rows, case.inner, dtype=torch.float32)
+        words = x.clone()
         steps = dispatch.quantize(
-            DEVICE, scheme.upper(), matrix(x), case.rows, case.inner, matrix(codes), case.inner,
+            DEVICE, scheme.upper(), matrix(words), case.rows, case.inner, matrix(codes), case.inner,
             row_experts=owners.data_ptr(), fresh=True, **told,
         )  # fmt: skip
         read = (words, owners)

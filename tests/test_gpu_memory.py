@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stays behind after calls: nothing that grows, and nothing of arrays that have changed or gone."""
+"""What stays behind after calls: nothing that grows, and nothing of arrays that have changed or gone.
+
+What the device has left is looked at too, so nothing else should use it meanwhile.
+"""
 
 import gc
 import os
@@ -22,6 +25,7 @@ from gpu_cases import (
     random_codes,
     relative_error,
     same_bits,
+    to_torch,
 )
 
 from cupy_moe import Experts, Workspace, fused_experts, reference, tuning
@@ -137,6 +141,22 @@ def test_tuning(seed, monkeypatch, tmp_path):
         experts.tune([64, 512], topk=2)
     cupy.get_default_memory_pool().free_all_blocks()
     assert_no_growth(before, footprint())
+
+
+def test_torch_copies_nothing(torch, seed):
+    layer, hidden, *call = make_small(seed, hidden=512, inner=1024)
+    experts, tensors = Experts(**to_torch(torch, layer)), [torch.from_dlpack(x) for x in (hidden, *call)]
+    experts(*tensors)
+    assert experts._layer.copies == []
+    pool = cupy.get_default_memory_pool()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), pool.used_bytes(), cupy.cuda.runtime.memGetInfo()[0]
+    torch.cuda.reset_peak_memory_stats()
+    got = experts(*tensors)
+    rounded = -(-got.nbytes // 512) * 512
+    assert torch.cuda.max_memory_allocated() - before[0] == rounded, "torch allocates the result and nothing else"
+    assert pool.used_bytes() == before[1]
+    assert cupy.cuda.runtime.memGetInfo()[0] >= before[2] - 4 * MIB  # torch may have taken a new block for the result
 
 
 def test_workspace_is_shared(seed):
