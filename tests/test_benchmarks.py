@@ -228,8 +228,8 @@ def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
 def test_steps(build, scheme):
     case = step_cases.Case(SHAPE, 70, device="cpu")
     with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch), \
-            mock.patch.object(dispatch, "Launch", launch), \
-            mock.patch.object(dispatch, "ALONE_ELEMENTS", 0):  # fmt: skip
+            mock.patch.object(dispatch, "Launch", launch), mock.patch.object(dispatch, "ALONE_ELEMENTS", 0), \
+            mock.patch.object(compiler, "multiprocessors", return_value=132):  # fmt: skip
         step = build(case, scheme)
     behind_amax = scheme == "tensor" and build in (step_cases.quantize, step_cases.activation)
     assert len(step.launches) == len(step.moved) == (2 if behind_amax else 1)
