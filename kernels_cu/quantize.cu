@@ -81,5 +81,5 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
             if constexpr (MODE == TOKEN) discard();  // the maximum has waited for all of the row
         },
         [&](int slot) { return rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
-    if constexpr (MODE == TENSOR) discard();
+    if constexpr (MODE == TENSOR) discard();  // not sooner: until its codes are made, other threads may still read a line
 }

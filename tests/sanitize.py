@@ -135,7 +135,7 @@ def activate(rng, routing):
                     compare(f"{activation} {cols} static", "activation_quantize", x, activation, scale=0.01, **options)
             options["row_experts"] = np.maximum(routing.row_experts, 0)  # the scales of rows without an expert are free
             compare(f"{activation} {cols} token", "activation_quantize", x, activation, per_token=True, **options)
-    for rows in (3, 1):  # few of them, or many: all of a row in registers, or a part
+    for rows in (3, 1):  # more than multiprocessors, or not: a part of a row in registers, or all
         with mock.patch.object(compiler, "multiprocessors", return_value=2):
             x = draw(rng, (rows, 2 * 12296), np.float16)
             compare(f"{rows} wide token", "activation_quantize", x, per_token=True, limit=2e-2)
