@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cupy_moe import compiler, grids
 from cupy_moe.driver import Kernel, Launch
-from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS, STRETCH_THREADS, VECTOR, Grid, up
+from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS, MORE_ROW_THREADS, STRETCH_THREADS, VECTOR, Grid, up
 from cupy_moe.launches import MAX_THREADS, PARTIALS, UNSCALED, Maps, Matrix, RowScale, Tables
 
 PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
@@ -127,11 +127,11 @@ def _scan_threads(vectors: int) -> int:
     return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), MAX_THREADS // 2)
 
 
-def _grid(mode: str, tokens: int, cols: int, *, pairs: int, alone: bool) -> Grid:
+def _grid(mode: str, tokens: int, cols: int, *, most_threads: int, pairs: int, alone: bool) -> Grid:
     """That of ``tokens`` tokens of ``cols`` columns.
 
-    ``pairs``: those among which the blocks look for rows too, 0 if they do not. ``alone``: and for the maximum. Some
-    threads may have nothing else to do.
+    ``most_threads`` of a block that holds a row. ``pairs``: those among which the blocks look for rows too, 0 if they
+    do not. ``alone``: and for the maximum. Some threads may have nothing else to do.
     """
     vectors = -(-cols // VECTOR)
     if pairs > MAX_ROW_THREADS:  # each block looks through them: one to a token
@@ -141,7 +141,7 @@ def _grid(mode: str, tokens: int, cols: int, *, pairs: int, alone: bool) -> Grid
     if alone:
         least = max(least, _scan_threads(tokens * vectors))
     if mode == "TOKEN":
-        grid = grids.whole_rows(cols, several=tokens >= MANY_ROWS)
+        grid = grids.whole_rows(cols, most_threads, several=tokens >= MANY_ROWS)
     else:
         grid = grids.stretches(cols, least if alone else max(least, STRETCH_THREADS))
         if tokens >= MANY_ROWS and grid.stretches % 2 == 0:
@@ -170,7 +170,10 @@ def quantize(
     together = routing is not None and not (mode == "TENSOR" and (weighted or valid_only)) and (
         0 < pairs <= MOST_PAIRS_BESIDE and pairs * routing.experts < 1 << 31 and out_cols <= MOST_COLUMNS_BESIDE
     )
-    grid = _grid(mode, tokens, out_cols, pairs=pairs if together else 0, alone=alone)
+    most_threads = MORE_ROW_THREADS if fresh else MAX_ROW_THREADS
+    grid = _grid(
+        mode, tokens, out_cols, most_threads=most_threads, pairs=pairs if together else 0, alone=alone
+    )
     constants: dict[str, Any] = {
         "In": compiler.CUDA_TYPES[x.dtype], "MODE": mode, "VECS": grid.per_thread, "IN_ALIGNED": x.aligned(cols),
         "OUT_ALIGNED": out.aligned(out_cols), "WEIGHTED": weighted, "PER_EXPERT": bool(scale.expert_stride),
@@ -187,7 +190,8 @@ def quantize(
     source["partials"] = partials
 
     def kernel_of(name: str) -> Kernel:
-        return compiler.kernel("quantize.cu", name, device, **constants, FRESH=fresh)
+        threads = max(MAX_ROW_THREADS, grids.bound(grid.threads))
+        return compiler.kernel("quantize.cu", name, device, **constants, FRESH=fresh, ROW_THREADS=threads)
 
     amax = [] if mode != "TENSOR" or fresh or alone else [Launch(
         kernel_of("amax_tokens"), (PARTIALS, 1), _scan_threads(-(-vectors // PARTIALS)), **source, **mapped,

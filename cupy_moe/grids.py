@@ -8,8 +8,8 @@ from typing import NamedTuple
 VECTOR = 8
 """Columns that one thread handles at a time, ``VECTOR`` of ``common.cuh``."""
 MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
-"""Threads of a block that holds a row, as in ``common.cuh``; and of one of `activation_quantize` that has a
-multiprocessor for itself and at most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps."""
+"""Threads of a block that holds a row, as in ``common.cuh``; and of one that has a multiprocessor for itself and at
+most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps."""
 FEW_VECTORS = 4
 FEWEST_IN_REGISTERS, MOST_IN_SHARED = 2, 6
 """Of the vectors of a thread of `activation_quantize` that wait for the scale of their row: with two in registers, two

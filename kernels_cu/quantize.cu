@@ -2,6 +2,7 @@
 // Hidden states to fp8 rows in expert order, with their scales: quantize_shuffle, and amax_tokens in front of it where one
 // dynamic scale serves a whole tensor that is not small. quantize.cuh has the constants; and
 //   FRESH       x comes from the kernel in front, as rows of experts, and so do the partials
+//   ROW_THREADS threads of a block of quantize_shuffle, at most
 
 // The largest finite magnitude of all tokens (or of all valid rows), one per block in partials. PARTIALS blocks.
 extern "C" __global__ void amax_tokens(
@@ -34,21 +35,16 @@ extern "C" __global__ void amax_tokens(
     if (!waits) wait_for_previous_kernel();
 }
 
-// The whole lines of what this block has read of a token. The threads of a line are in one warp.
+// The whole lines of what this block has read of a token, of which it needs nothing any more.
 __device__ __forceinline__ void discard_lines(const In* x, int cols) {
-    constexpr int LINE_COLS = LINE / int(sizeof(In)), LINE_THREADS = LINE_COLS / VECTOR;
-    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < VECS; ++i) {
-        const int col = (first + i * int(blockDim.x)) * VECTOR;
-        const bool begins = threadIdx.x % LINE_THREADS == 0 && reinterpret_cast<u64>(x + col) % LINE == 0;
-        if (begins && col + LINE_COLS <= cols) discard_line(x + col);
-    }
+    const int block_cols = blockDim.x * VECS * VECTOR, first = blockIdx.y * block_cols;
+    const u64 begin = reinterpret_cast<u64>(x + first), end = reinterpret_cast<u64>(x + min(first + block_cols, cols));
+    for (u64 line = (begin + LINE - 1) / LINE * LINE + threadIdx.x * LINE; line + LINE <= end; line += blockDim.x * LINE)
+        discard_line(reinterpret_cast<const void*>(line));
 }
 
 // One block takes one token (blockIdx.x).
-extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) quantize_shuffle(
     const In* x, long long x_pitch,
     const int* src2dst_map,                   // (tokens, topk): row or -1; null: row = token
     const int* row_experts,                   // (rows,), read if PER_EXPERT or FRESH; a row of expert -1 is left out
@@ -68,11 +64,11 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
     }
     // Nobody else reads what GEMM 1 has left: it need not go to memory.
     const auto discard = [&] {
-        if constexpr (FRESH && IN_ALIGNED)
+        if constexpr (FRESH)
             if (wanted) discard_lines(x + token * x_pitch, cols);
     };
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
-    quantize_token(
+    quantize_token<FRESH>(
         {x, x_pitch, topk_weights, partials, scale_in, scale_value, scale_stride, int(gridDim.x), topk, cols, out_cols, out,
          out_pitch, scale_out},
         token, blockIdx.x == 0, wanted,
@@ -80,6 +76,9 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) quantize_shuffle(
             if constexpr (!FRESH) wait_for_previous_kernel();
             if constexpr (MODE == TOKEN) discard();  // the maximum has waited for all of the row
         },
-        [&](int slot) { return rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
-    if constexpr (MODE == TENSOR) discard();  // not sooner: until its codes are made, other threads may still read a line
+        [&](int slot) { return !FRESH && rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
+    if constexpr (FRESH && MODE == TENSOR) {
+        __syncthreads();  // until its codes are made, a thread may still read
+        discard();
+    }
 }

@@ -70,11 +70,12 @@ struct Quantization {
 // A token, or a stretch of its columns (blockIdx.y) where no maximum over the token is needed: it is read once and written to
 // the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
 // and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write.
-template <typename FindRows, typename RowOf, typename ExpertOf>
+// ONE_SLOT: there is but one, so that codes need not be kept for the next.
+template <bool ONE_SLOT, typename FindRows, typename RowOf, typename ExpertOf>
 __device__ __forceinline__ void quantize_token(const Quantization& q, int token, bool first_block, bool wanted,
                                                FindRows find_rows, RowOf row_of, ExpertOf expert_of) {
     constexpr bool READY = sizeof(In) == 1;
-    constexpr bool CODES_PER_SLOT = (WEIGHTED || PER_EXPERT) && !READY;
+    constexpr bool CODES_PER_SLOT = (ONE_SLOT || WEIGHTED || PER_EXPERT) && !READY;
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
     float v[VECS][VECTOR];
     float largest = 0.0f;
@@ -90,22 +91,23 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
     }
     if constexpr (MODE == TOKEN || ALONE) largest = block_max(largest);
 
+    const auto codes_of = [&](int i, float weight, const Divisor& by) {
+        float weighted[VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) weighted[j] = v[i][j] * weight;
+        return encode_vector(weighted, by);
+    };
     uint2 codes[VECS];
-    const auto encode = [&](float weight, float scale) {
+    const auto encode = [&](float scale) {
         const Divisor by(scale);
 #pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            float weighted[VECTOR];
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) weighted[j] = v[i][j] * weight;
-            codes[i] = encode_vector(weighted, by);
-        }
+        for (int i = 0; i < VECS; ++i) codes[i] = codes_of(i, 1.0f, by);
     };
     float token_scale = 1.0f;
     if constexpr (MODE == TOKEN) token_scale = scale_of_amax(largest);
     if constexpr (MODE == STATIC && !PER_EXPERT)
         token_scale = pick(q.scale_in, (long long)token * q.scale_stride, q.scale_value);
-    if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(1.0f, READY ? 1.0f : token_scale);
+    if constexpr (MODE != TENSOR && !CODES_PER_SLOT) encode(READY ? 1.0f : token_scale);
     find_rows();
     // Each lane has the row of a slot, loaded before anything is waited for.
     const auto row_of_lane = [&](int slot) {
@@ -115,11 +117,12 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
     int mine = row_of_lane(0);
     if constexpr (MODE == TENSOR) {
         token_scale = scale_of_amax(ALONE ? largest : max_of_partials(q.partials));
-        if constexpr (!CODES_PER_SLOT) encode(1.0f, token_scale);
+        if constexpr (!CODES_PER_SLOT) encode(token_scale);
         if (first_block && blockIdx.y == 0 && threadIdx.x == 0) q.scale_out[0] = token_scale;
     }
 
-    for (int slot = 0; slot < q.topk; ++slot) {
+    const int slots = ONE_SLOT ? 1 : q.topk;
+    for (int slot = 0; slot < slots; ++slot) {
         if (slot > 0 && slot % LANES == 0) mine = row_of_lane(slot);
         const int row = __shfl_sync(FULL_WARP, mine, slot % LANES);
         if (row < 0 || !wanted) continue;
@@ -127,14 +130,16 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
         float scale = token_scale;
         if constexpr (PER_EXPERT) scale = q.scale_in[expert_of(slot, row)];
         if constexpr (MODE == TOKEN && WEIGHTED) scale = scale_of_amax(finite_magnitude(largest * weight));
-        if constexpr (CODES_PER_SLOT) encode(weight, scale);
         if (MODE != TENSOR && q.scale_out && blockIdx.y == 0 && threadIdx.x == 0)
             q.scale_out[row] = READY ? scale * weight : scale;
         u8* target = q.out + row * q.out_pitch;
+        const Divisor by(scale);
 #pragma unroll
         for (int i = 0; i < VECS; ++i) {
             const int col = (first + i * int(blockDim.x)) * VECTOR;
-            if (col < q.out_cols) store_codes<OUT_ALIGNED>(target + col, q.out_cols - col, codes[i]);
+            // What is encoded here is on its way while the next is encoded.
+            if (col < q.out_cols)
+                store_codes<OUT_ALIGNED>(target + col, q.out_cols - col, CODES_PER_SLOT ? codes_of(i, weight, by) : codes[i]);
         }
     }
 }

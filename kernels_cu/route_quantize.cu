@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS, 1) route_quantize(
         }
         if constexpr (BEHIND_AMAX) only_wait_for_previous_kernel();
     };
-    quantize_token(
+    quantize_token<false>(
         {x, x_pitch, topk_weights, partials, scale_in, scale_value, scale_stride, int(gridDim.x) - 1, topk, cols, out_cols,
          out, out_pitch, scale_out},
         token, token == 0, true, find_rows, [&](int slot) { return rows[slot]; },

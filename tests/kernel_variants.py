@@ -135,6 +135,7 @@ def calls():
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
     made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
              for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
+    made += [quantize("float16", "TOKEN", ALIGNED[0], rows=rows, cols=28672, fresh=True) for rows in (9, 5000)]
     for i, (mode, dtype) in enumerate(itertools.product(("STATIC", "TOKEN"), FLOATS)):
         routing = pairs(("int32", "int64")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], weighted=i % 3 == 0, per_expert=i % 2 == 1, routing=routing))

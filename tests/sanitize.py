@@ -201,7 +201,7 @@ def gemm_and_layers(rng, routing, backend):
         a, b = codes(rng, (rows, k)), codes(rng, (EXPERTS, n, k))
         options = {"out_dtype": "float32", "limit": 3e-3, "on_gpu": {"backend": backend}}
         compare(f"{backend} {n} {k}", "grouped_gemm_fp8", a, b, routing.expert_offsets, **options)
-    for hidden, inner in ((48, 32), (50, 35)):
+    for hidden, inner in ((48, 32), (50, 35), (16, 4112)):  # the last: a thread has several vectors of a row
         layer = {
             "w1": codes(rng, (EXPERTS, 2 * inner, hidden)), "w2": codes(rng, (EXPERTS, hidden, inner)),
             "w1_scale": rng.uniform(1e-3, 2e-3, (EXPERTS, 2)).astype(np.float32),
@@ -213,6 +213,8 @@ def gemm_and_layers(rng, routing, backend):
             "weight on input": {"apply_router_weight_on_input": True},
             "weight on input, per token": {"apply_router_weight_on_input": True, "per_act_token": True},
         }  # fmt: skip
+        if inner > grids.MAX_ROW_THREADS * grids.VECTOR:
+            modes = {"token": modes["token"]}
         for mode, options in modes.items():
             run_layer(rng, f"{backend} layer {hidden} {inner} {mode}", {**layer, **options}, backend)
 

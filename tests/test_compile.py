@@ -21,7 +21,7 @@ VALUES = {
     "quantize.cu": {
         "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8}, "IN_ALIGNED": {True, False},
         "OUT_ALIGNED": {True, False}, "WEIGHTED": {True, False}, "PER_EXPERT": {True, False}, "ALONE": {True, False},
-        "FRESH": {True, False},
+        "FRESH": {True, False}, "ROW_THREADS": {grids.MAX_ROW_THREADS, grids.MORE_ROW_THREADS},
     },
     "route_quantize.cu": {
         "Id": {"int", "long long"}, "In": TYPES | {"Fp8"}, "MODE": set(enum("Mode")), "VECS": {1, 2, 4, 6, 7, 8},
