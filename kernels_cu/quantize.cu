@@ -64,8 +64,10 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) quantize_shuffle(
     }
     // Nobody else reads what GEMM 1 has left: it need not go to memory.
     const auto discard = [&] {
-        if constexpr (FRESH)
-            if (wanted) discard_lines(x + token * x_pitch, cols);
+        if constexpr (FRESH) {
+            const bool worthwhile = MODE == TENSOR || gridDim.x * x_pitch * int(sizeof(In)) <= MOST_TO_DISCARD;
+            if (wanted && worthwhile) discard_lines(x + token * x_pitch, cols);
+        }
     };
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     quantize_token<FRESH>(

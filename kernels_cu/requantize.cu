@@ -138,9 +138,10 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
         max_of_rows(held, cols, largest);
         const Divisor by[4] = {Divisor(scale_of_amax(largest[0])), Divisor(scale_of_amax(largest[1])),
                                Divisor(scale_of_amax(largest[2])), Divisor(scale_of_amax(largest[3]))};
+        const bool worthwhile = gridDim.x * packed_pitch(cols) * int(sizeof(u32)) <= MOST_TO_DISCARD;
         for (int i = threadIdx.x; i < cols; i += blockDim.x) {
             store_piece(Piece(held, i), i, by, span.count, first, out_pitch);
-            discard_piece(group, i);
+            if (worthwhile) discard_piece(group, i);
         }
         if (threadIdx.x >= PARTS || threadIdx.x % 2 > 0) return;
 #pragma unroll
