@@ -57,7 +57,7 @@ def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
         w2 = Weights(0, shape[0], shape[2], shape[3], paired=False, short_columns=gemms.SHORT_COLUMNS)
-        tiles = KERNELS[backend].candidates(rows, w2)
+        tiles = KERNELS[backend].candidates(0, w2, rows)
         times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
         ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
         records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from cupy_moe import driver
+
 CPU = -1
 """The device number of arrays in host memory."""
 
@@ -208,18 +210,24 @@ def _library(name: str) -> Library:
 
 
 _library_by_type: dict[type, Library | None] = {}
+_finding = threading.Lock()  # one `Library` of a kind, however many threads ask for it
 
 
 def library_of(x: Any) -> Library | None:
     """The library that ``x`` is an array of, or None if it is no array of NumPy, CuPy or torch."""
     kind = type(x)
     if kind not in _library_by_type:
-        _library_by_type[kind] = None
-        for name, array in (("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")):
-            module = sys.modules.get(name)
-            if module is not None and issubclass(kind, getattr(module, array)):
-                _library_by_type[kind] = _library(name)
+        with _finding:
+            _library_by_type[kind] = _find_library(kind)
     return _library_by_type[kind]
+
+
+def _find_library(kind: type) -> Library | None:
+    for name, array in (("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")):
+        module = sys.modules.get(name)
+        if module is not None and issubclass(kind, getattr(module, array, ())):
+            return _library(name)
+    return None
 
 
 def dtype_name(dtype: Any) -> str:
@@ -233,10 +241,7 @@ def dtype_name(dtype: Any) -> str:
     text = str(dtype)
     if text.startswith("torch."):
         return text.removeprefix("torch.")
-    try:
-        return numpy_dtype(dtype).name if isinstance(dtype, str) else np.dtype(dtype).name
-    except TypeError:
-        raise TypeError(f"out_dtype: expected a dtype or its name; got {dtype!r}") from None
+    return numpy_dtype(dtype).name if isinstance(dtype, str) else np.dtype(dtype).name
 
 
 _thread = threading.local()
@@ -251,6 +256,12 @@ def on_device(device: int) -> Any:
         runtime.setDevice(runtime.getDevice())
         _thread.has_context = True
     return nullcontext() if runtime.getDevice() == device else cupy.cuda.Device(device)
+
+
+def is_capturing(library: Library, device: int) -> bool:
+    """Whether the caller's current stream is being captured into a CUDA graph."""
+    with on_device(device):
+        return driver.is_capturing(library.stream(device))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from cupy_moe import arrays, checks, cublaslt, e4m3
 ENVIRONMENT = "CUPY_MOE_BACKEND"
 """The environment variable with the backend to take where none is named."""
 NAMES = ("sm90", "cublaslt", "mma", "reference")
-"""Backends, the fastest first: the times of all cells are in ``benchmarks/results/backends_h100.json``."""
+"""Backends, the fastest first: the times of all cells are in ``benchmarks/results/backends_*.json``."""
 VARIES = {
     "cublaslt": "batch_invariant=True rules it out: its algorithms and the dtype of its product depend on the number "
     "of rows, and cuBLASLt promises no order along K",
@@ -33,19 +33,17 @@ def backends(device: int | None = None) -> dict[str, str]:
     device
         CUDA device number; None is CuPy's current one.
     """
-    problems = {
-        "sm90": _own_problem("sm90", device), "cublaslt": _cublaslt_problem(device),
-        "mma": _own_problem("mma", device), "reference": None,
-    }
-    return {name: problems[name] or "available" for name in NAMES}
+    return {name: _status(name, device) for name in NAMES}
 
 
-def _status(device: int, batch_invariant: bool) -> dict[str, str]:
-    """`backends`, with `VARIES` in place of "available" for ``batch_invariant``."""
-    ruled_out = VARIES if batch_invariant else {}
-    return {
-        name: ruled_out.get(name, found) if found == "available" else found for name, found in backends(device).items()
-    }
+def _status(name: str, device: int | None, batch_invariant: bool = False) -> str:
+    """"available", or why the backend ``name`` is not or does not qualify."""
+    problem = None
+    if name == "cublaslt":
+        problem = _cublaslt_problem(device)
+    elif name != "reference":
+        problem = _own_problem(name, device)
+    return problem or (VARIES.get(name) if batch_invariant else None) or "available"
 
 
 def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -> str:
@@ -69,27 +67,28 @@ def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -
         if backend not in (None, "reference"):
             raise RuntimeError(f"backend: expected 'reference' or None with arrays on the CPU; got {backend!r}")
         return "reference"
-    status = _status(device, batch_invariant)
-    if backend is None:
-        backend = next(name for name in NAMES if status[name] == "available")
-        if backend == "reference":
-            reasons = " ".join(f"{name}: {reason}." for name, reason in status.items() if name != "reference")
-            raise RuntimeError(f"no fast backend is available on cuda:{device}. {reasons} "
-                               "backend='reference' runs the slow NumPy definition on the GPU through CuPy.")
-    if status[backend] != "available":
+    # One after another: to try cuBLASLt means to load it.
+    status: dict[str, str] = {}
+    for name in NAMES if backend is None else (backend,):
+        status[name] = _status(name, device, batch_invariant)
+        if status[name] == "available" and (name == backend or name != "reference"):
+            return name
+    if backend is not None:
         raise RuntimeError(f"backend: {backend!r} is not available on cuda:{device}: {status[backend]}")
-    return backend
+    reasons = " ".join(f"{name}: {reason}." for name, reason in status.items() if name != "reference")
+    raise RuntimeError(f"no fast backend is available on cuda:{device}. {reasons} "
+                       "backend='reference' runs the slow NumPy definition on the GPU through CuPy.")
 
 
 def explain(device: int, chosen: str, *, batch_invariant: bool = False) -> str:
     """One sentence per backend: which runs and why, and why the others do not."""
     if device == arrays.CPU:
         return "reference runs: the arrays are on the CPU."
-    lines, every = [], _status(device, batch_invariant)
+    lines, every = [], {name: _status(name, device, batch_invariant) for name in NAMES}
     first = next(name for name, status in every.items() if status == "available")
     for name, status in every.items():
         if name == chosen:
-            why = ": of those available the first in the order of their speed on an H100" if name == first else ""
+            why = ": of those available the first in the order of their speed" if name == first else ""
             lines.append(f"{name} runs on cuda:{device}{why}.")
         elif status == "available":
             lines.append(f"{name} is available: backend={name!r} takes it.")

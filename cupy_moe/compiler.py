@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from functools import cache
 from typing import Any
 
@@ -118,6 +119,9 @@ def _module(file: str, constants: tuple[tuple[str, Any], ...], device: int) -> A
     return module
 
 
+_making = threading.Lock()  # one `Kernel` of a function, which knows what its limits are
+
+
 @cache
 def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device: int) -> Kernel:
     import cupy
@@ -129,4 +133,7 @@ def _kernel(file: str, name: str, constants: tuple[tuple[str, Any], ...], device
 
 def kernel(file: str, name: str, device: int, **constants: Any) -> Kernel:
     """The kernel ``name`` of ``file`` with ``constants``, compiled and loaded on ``device`` at its first use."""
-    return _kernel(file, name, tuple(constants.items()), device)
+    variant = tuple(constants.items())
+    _module(file, variant, device)  # threads may compile side by side
+    with _making:
+        return _kernel(file, name, variant, device)

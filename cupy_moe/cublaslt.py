@@ -178,6 +178,7 @@ class GroupedMatmul:
         fast_accumulation: bool = False,
     ) -> None:  # fmt: skip
         self.context = context
+        self._made: list[tuple[str, ctypes.c_void_p]] = []  # to be destroyed: by which function, and what
         self.groups, self.n, self.k = groups, n, k
         self.unit = e4m3.half_unit(k)
         self._sizes = dedicated((2, groups), np.int32)
@@ -185,6 +186,7 @@ class GroupedMatmul:
         all_k, all_n = (row.data.ptr for row in self._sizes)
         self.description = ctypes.c_void_p()
         context.call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _R_32F)
+        self._made.append(("cublasLtMatmulDescDestroy", self.description))
         self._set(_DESC_TRANSA, ctypes.c_int32(1))
         self._set(_DESC_FAST_ACCUM, ctypes.c_int8(fast_accumulation))
         self.weights = self._layout(_R_8F_E4M3, all_k, all_n, all_k)
@@ -203,6 +205,7 @@ class GroupedMatmul:
             "cublasLtGroupedMatrixLayoutCreate", ctypes.byref(layout), dtype, self.groups, ctypes.c_void_p(rows),
             ctypes.c_void_p(cols), ctypes.c_void_p(pitch),
         )
+        self._made.append(("cublasLtMatrixLayoutDestroy", layout))
         return layout
 
     def algorithms(self, average_rows: int, limit: int = 8) -> list[Algorithm]:
@@ -210,22 +213,23 @@ class GroupedMatmul:
         context = self.context
         preference = ctypes.c_void_p()
         context.call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
-        # The averages are 8-byte integers, although the header says uint32.
-        for attribute, value in (
-            (_PREF_WORKSPACE, WORKSPACE_BYTES), (_PREF_AVERAGE_K, self.k), (_PREF_AVERAGE_D_ROWS, self.n),
-            (_PREF_AVERAGE_D_COLS, max(average_rows, 1)),
-        ):
+        results, count = (Algorithm * limit)(), ctypes.c_int()
+        try:
+            # The averages are 8-byte integers, although the header says uint32.
+            for attribute, value in (
+                (_PREF_WORKSPACE, WORKSPACE_BYTES), (_PREF_AVERAGE_K, self.k), (_PREF_AVERAGE_D_ROWS, self.n),
+                (_PREF_AVERAGE_D_COLS, max(average_rows, 1)),
+            ):
+                context.call(
+                    "cublasLtMatmulPreferenceSetAttribute", preference, attribute,
+                    ctypes.byref(ctypes.c_uint64(value)), ctypes.c_size_t(8),
+                )
             context.call(
-                "cublasLtMatmulPreferenceSetAttribute", preference, attribute, ctypes.byref(ctypes.c_uint64(value)),
-                ctypes.c_size_t(8),
+                "cublasLtMatmulAlgoGetHeuristic", context.handle, self.description, self.weights, self.rows,
+                self.result, self.result, preference, limit, results, ctypes.byref(count),
             )
-        results = (Algorithm * limit)()
-        count = ctypes.c_int()
-        context.call(
-            "cublasLtMatmulAlgoGetHeuristic", context.handle, self.description, self.weights, self.rows, self.result,
-            self.result, preference, limit, results, ctypes.byref(count),
-        )
-        context.call("cublasLtMatmulPreferenceDestroy", preference)
+        finally:
+            context.call("cublasLtMatmulPreferenceDestroy", preference)
         return [results[i] for i in range(count.value) if results[i].state == 0]
 
     def configuration(self, algorithm: Algorithm) -> tuple[int, int]:
@@ -263,7 +267,5 @@ class GroupedMatmul:
         return call
 
     def __del__(self) -> None:
-        library = self.context.library
-        library.cublasLtMatmulDescDestroy(self.description)
-        for layout in (self.weights, self.rows, self.result):
-            library.cublasLtMatrixLayoutDestroy(layout)
+        for function, handle in self._made:
+            getattr(self.context.library, function)(handle)

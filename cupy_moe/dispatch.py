@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from cupy_moe import compiler, grids
 from cupy_moe.driver import Kernel, Launch
 from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS, MORE_ROW_THREADS, STRETCH_THREADS, VECTOR, Grid, up
-from cupy_moe.launches import MAX_THREADS, PARTIALS, UNSCALED, Maps, Matrix, RowScale, Tables
+from cupy_moe.launches import PARTIALS, SCAN_THREADS, UNSCALED, Maps, Matrix, RowScale, Tables
 
 PAIRS_PER_BLOCK, MOST_ROUTE_BLOCKS = 512, 128
 """(token, slot) pairs of a block of `route`, unless that would be more blocks than these, each of which reads the
@@ -124,7 +124,7 @@ def _scan_threads(vectors: int) -> int:
 
     No more than have anything to load: the kernels behind want room beside them.
     """
-    return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), MAX_THREADS // 2)
+    return min(max(up(-(-vectors // SCAN_VECTORS), 32), 64), SCAN_THREADS)
 
 
 def _grid(mode: str, tokens: int, cols: int, *, most_threads: int, pairs: int, alone: bool) -> Grid:

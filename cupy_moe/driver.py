@@ -9,7 +9,7 @@ dependent launch is a launch attribute that CuPy's own launch does not offer.
 from __future__ import annotations
 
 import ctypes
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +18,7 @@ from typing import Any
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_128B = 0, 3, 2
-_CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
 
@@ -48,7 +48,7 @@ class _Config(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """The CUDA driver."""
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def check(result: int, what: str) -> None:
@@ -81,15 +81,17 @@ class Kernel:
         self.can_overlap = can_overlap
         self._owner = function
         self._shared_bytes = _DEFAULT_SHARED_BYTES - function.shared_size_bytes  # of dynamic shared memory per block
+        self._raising = threading.Lock()
 
     def allow_shared_bytes(self, nbytes: int) -> None:
         """Raise the limit of dynamic shared memory per block to ``nbytes`` where it is below that."""
-        if nbytes > self._shared_bytes:
-            result = library().cuFuncSetAttribute(
-                ctypes.c_void_p(self.handle), _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(nbytes)
-            )
-            check(result, f"{nbytes} bytes of dynamic shared memory for {self.name}")
-            self._shared_bytes = nbytes  # never lowered: launches that need more may be prepared
+        with self._raising:
+            if nbytes > self._shared_bytes:
+                result = library().cuFuncSetAttribute(
+                    ctypes.c_void_p(self.handle), _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int(nbytes)
+                )
+                check(result, f"{nbytes} bytes of dynamic shared memory for {self.name}")
+                self._shared_bytes = nbytes  # never lowered: launches that need more may be prepared
 
 
 class Launch:
@@ -194,7 +196,7 @@ def is_capturing(stream: int) -> bool:
 @contextmanager
 def relaxed_capture() -> Iterator[None]:
     """Let this thread allocate device memory and load modules while a stream is being captured."""
-    mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
     exchange = library().cuThreadExchangeStreamCaptureMode
     check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
     try:

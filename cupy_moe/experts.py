@@ -86,13 +86,15 @@ class Experts:
     def _setup(self, checked: LayerSpec, backend: str | None, workspace: Workspace | None) -> None:
         if not isinstance(workspace, Workspace | None):
             raise TypeError(f"workspace: expected a cupy_moe.Workspace or None; got {type(workspace).__name__}")
+        # Looked at first: the choice may try a library out, which a capture does not survive.
+        if checked.device != arrays.CPU and arrays.is_capturing(checked.library, checked.device):
+            raise RuntimeError("Experts has to be made, and called once, before the capture of a CUDA graph begins")
         self._spec = checked
         self._backend = backend_choice.choose(checked.device, backend, batch_invariant=checked.batch_invariant)
         self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
+        self._captured = False
         if self._backend != "reference":
-            if driver.is_capturing(checked.library.stream(checked.device)):
-                raise RuntimeError("Experts has to be made, and called once, before the capture of a CUDA graph begins")
             with arrays.numeric_scope(checked.library, checked.device):
                 self._layer = Layer(checked, self._backend)
 
@@ -183,10 +185,11 @@ class Experts:
         return 0 if self._backend == "reference" else Buffers(self._layer, rows).nbytes
 
     def tune(self, M: int | Sequence[int] | None = None, *, topk: int) -> dict[str, tuning.Record]:
-        """Time the algorithms of both GEMMs on this layer's weights, and take the fastest from now on.
+        """Time the variants of both GEMMs on this layer's weights, and take the fastest from now on.
 
         They are kept in a file too, in the folder CUPY_MOE_CACHE_DIR or else in ``cupy_moe`` in the user's folder of
-        caches, for other processes with the same device, cuBLASLt and shape. What is not tuned runs a good default.
+        caches, for other processes with the same device, backend (with its version) and shape. Variants are tiles of
+        `sm90` and `mma`, and algorithms of `cublaslt`. What is not tuned runs a good default.
         Results may change by their rounding, but not with ``batch_invariant``. CUDA graphs captured before stay as
         they are. Takes seconds, and memory beside the workspace.
 
@@ -215,7 +218,7 @@ class Experts:
         if self._backend == "reference":
             return records
         with self._workspace.lock, arrays.numeric_scope(own.library, own.device):
-            if driver.is_capturing(own.library.stream(own.device)):
+            if arrays.is_capturing(own.library, own.device):
                 raise RuntimeError("Experts.tune cannot run while a CUDA graph is being captured; call it before")
             for each in tokens:
                 records = {**self._layer.tune(each, topk, self._workspace), **records}
@@ -236,6 +239,7 @@ class Experts:
                 stream = library.stream(device)
                 capturing = driver.is_capturing(stream)
                 if capturing:
+                    self._captured = True
                     self._workspace.note_capture()
                 at = Addresses(
                     call.hidden.pointer, call.ids.pointer, call.topk_weights.pointer if call.topk_weights else 0,

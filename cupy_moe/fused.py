@@ -7,12 +7,13 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from cupy_moe import arrays, checks, driver, spec
+from cupy_moe import arrays, checks, spec
 from cupy_moe.experts import Experts
 from cupy_moe.spec import LayerSpec
 from cupy_moe.workspace import Workspace
 
 LAYERS_KEPT = 128
+"""Beside those that a CUDA graph has recorded, whose tables have to stay."""
 
 
 def fused_experts(
@@ -57,7 +58,7 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
     place = checked.device, checked.library.stream(checked.device)
     key = (place, backend, checked.without_arrays())
     with _layers_lock:
-        if key not in _layers and driver.is_capturing(place[1]):
+        if key not in _layers and arrays.is_capturing(checked.library, checked.device):
             # Captures run on streams of their own: what the calls before the capture made is what this graph takes.
             key = next((other for other in _layers if other[1:] == key[1:] and other[0][0] == place[0]), key)
         experts = _layers.get(key)
@@ -65,12 +66,13 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
             _layers.move_to_end(key)
             return experts
         experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
-        if experts._layer.copies:
+        if experts.backend == "reference" or experts._layer.copies:
             return experts
         experts._spec = checked.without_arrays()
         _layers[key] = experts
-        if len(_layers) > LAYERS_KEPT:
-            _layers.popitem(last=False)
+        spare = [key for key, each in _layers.items() if not each._captured]
+        if len(spare) > LAYERS_KEPT:
+            del _layers[spare[0]]
         return experts
 
 

@@ -200,7 +200,7 @@ class OwnGemms:
             groups = self._groups(buffers, i)
             tuning.fill_with_codes(as_array(operand, total))
             candidates: list[tuple[Record, Step]] = []
-            for tile in self.kernel.candidates(rows, weights):
+            for tile in self.kernel.candidates(layer.device, weights, rows):
                 launch = self.kernel.grouped_gemm(layer.device, weights, operand, rows, groups, result, end, tile)
                 candidates.append((dict(tile._asdict()), launch))
             records[self.kernel.key(layer.device, weights, rows)] = tuning.fastest(candidates, as_array(result, total))

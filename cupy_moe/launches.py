@@ -13,7 +13,8 @@ from cupy_moe.arrays import Array
 from cupy_moe.driver import Kernel, Launch
 from cupy_moe.grids import STRETCH_THREADS, VECTOR
 
-MAX_THREADS = 1024
+SCAN_THREADS = 512
+"""Threads of a block that looks for the maximum of a tensor, at most."""
 PARTIALS = 256
 """Blocks of the kernels that find the maximum of a tensor, each of which leaves a float; as in ``common.cuh``."""
 PACKED, GROUP_ROWS = "packed", 16
@@ -50,6 +51,12 @@ class RowScale(NamedTuple):
     row_stride: int = 0
     expert_stride: int = 0
     value: float = 1.0
+
+    @classmethod
+    def of(cls, scale: Array) -> RowScale:
+        """A checked scale: one, () or (1,); one per expert, (E,); or one per row, (rows, 1)."""
+        per_expert = len(scale.shape) == 1 and scale.shape != (1,)
+        return cls(scale.pointer, row_stride=int(len(scale.shape) > 1), expert_stride=int(per_expert))
 
     def times(self, unit: float) -> float:
         """``unit``, multiplied by the scale where that is a number."""
@@ -155,7 +162,7 @@ def activation_quantize(
         "w_scale_stride": w_scale.stride, "w_scale_up": w_scale.up_offset, "bias": bias.pointer, "cols": cols,
     }
     amax = [] if mode != "TENSOR" else [
-        Launch(kernel("amax_rows"), (PARTIALS, 1), MAX_THREADS // 2, source=source, rows=rows, partials=partials)
+        Launch(kernel("amax_rows"), (PARTIALS, 1), SCAN_THREADS, source=source, rows=rows, partials=partials)
     ]
     return [*amax, Launch(
         kernel("activation_quantize"), (rows, grid.stretches), grid.threads,

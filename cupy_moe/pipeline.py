@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_moe import dispatch, gemms, launches, replay, tuning
+from cupy_moe import dispatch, gemms, grids, launches, replay, tuning
 from cupy_moe.buffers import Buffers
 from cupy_moe.checks import FP8
 from cupy_moe.cublaslt import ALIGNMENT
@@ -64,8 +64,8 @@ class Layer:
         self.spec = spec.without_arrays()
         self.device = spec.device
         halves = 2 if spec.gated else 1
-        self.hidden = _up(spec.hidden_size)
-        self.intermediate = _up(spec.intermediate_size)
+        self.hidden = grids.up(spec.hidden_size, ALIGNMENT)
+        self.intermediate = grids.up(spec.intermediate_size, ALIGNMENT)
         self.product = halves * self.intermediate  # columns of GEMM 1
         # Weights whose sizes the GEMM cannot take are copied, padded with zeros, once; others are used in place.
         self.copies: list[Any] = []
@@ -226,18 +226,11 @@ def _arguments(name: str, of: list[Launch]) -> list[Any]:
     return [launch.argument(name) for launch in of if name in launch.kernel.parameters]
 
 
-def _up(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def row_scale(scale: Scale | None) -> RowScale:
-    """A scale of activations as the kernels take it: one, one per expert (E,) or one per row (rows, 1)."""
+    """A scale of activations as the kernels take it."""
     if not isinstance(scale, Operand):
         return RowScale(value=1.0 if scale is None else scale)
-    shape = scale.info.shape
-    return RowScale(
-        scale.info.pointer, row_stride=int(len(shape) > 1), expert_stride=int(len(shape) == 1 and shape != (1,))
-    )
+    return RowScale.of(scale.info)
 
 
 def _bias(bias: Operand | None) -> Bias:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_moe import backend as backend_choice
-from cupy_moe import e4m3, mma, sm90
+from cupy_moe import e4m3, mma, sm90, tuning
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import Matrix
@@ -40,6 +41,7 @@ def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: An
     """
     import cupy
 
+    tuning.CACHE.load()
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
     product = cupy.empty((len(a), n), cupy.float16)
@@ -72,11 +74,15 @@ def _multiply_cublaslt(device: int, a: Any, weights: Any, expert_offsets: Any, p
     stream = int(cupy.cuda.get_current_stream().ptr)
     gemm, counts, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
     first = expert_offsets[:-1]
-    cupy.subtract(expert_offsets[1:], first, out=counts)
-    for table, matrix in zip(pointers, (a, product), strict=True):
-        cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
-        table += matrix.data.ptr
-    gemm.prepare(len(a), pointers[0].data.ptr, pointers[1].data.ptr, choice=choice)(stream)
+    with _tables_in_use:
+        cupy.subtract(expert_offsets[1:], first, out=counts)
+        for table, matrix in zip(pointers, (a, product), strict=True):
+            cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
+            table += matrix.data.ptr
+        gemm.prepare(len(a), pointers[0].data.ptr, pointers[1].data.ptr, choice=choice)(stream)
+
+
+_tables_in_use = threading.Lock()  # from what fills them to what reads them, where threads share a stream
 
 
 @lru_cache(maxsize=64)

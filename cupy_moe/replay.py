@@ -11,9 +11,7 @@ import ctypes
 from collections.abc import Sequence
 
 from cupy_moe import driver
-from cupy_moe.driver import Launch, Step
-
-_CAPTURE_MODE_RELAXED = 2
+from cupy_moe.driver import CAPTURE_MODE_RELAXED, Launch, Step
 
 
 class _NodeParams(ctypes.Structure):
@@ -48,9 +46,9 @@ class Replay:
         cuda = driver.library()
         stream = cupy.cuda.Stream(non_blocking=True)
         handle, graph = ctypes.c_void_p(stream.ptr), ctypes.c_void_p()
-        self._exec = ctypes.c_void_p()
+        self._exec, self._graph = ctypes.c_void_p(), graph  # whose nodes name those of the executable one
         self._nodes: dict[Launch, tuple[ctypes.c_void_p, _NodeParams]] = {}
-        driver.check(cuda.cuStreamBeginCapture_v2(handle, _CAPTURE_MODE_RELAXED), "cuStreamBeginCapture")
+        driver.check(cuda.cuStreamBeginCapture_v2(handle, CAPTURE_MODE_RELAXED), "cuStreamBeginCapture")
         try:
             for step in steps:
                 step(stream.ptr)
@@ -59,11 +57,8 @@ class Replay:
         finally:
             ended = cuda.cuStreamEndCapture(handle, ctypes.byref(graph))
         driver.check(ended, "cuStreamEndCapture")
-        try:
-            instantiate = cuda.cuGraphInstantiateWithFlags
-            driver.check(instantiate(ctypes.byref(self._exec), graph, ctypes.c_uint64(0)), "cuGraphInstantiate")
-        finally:
-            self._graph = graph  # its nodes name those of the executable graph
+        instantiate = cuda.cuGraphInstantiateWithFlags
+        driver.check(instantiate(ctypes.byref(self._exec), graph, ctypes.c_uint64(0)), "cuGraphInstantiate")
         self._update = cuda.cuGraphExecKernelNodeSetParams_v2
         self._launch = cuda.cuGraphLaunch
 
@@ -85,7 +80,7 @@ class Replay:
         with driver.relaxed_capture():  # and giving back: the plan may be replaced during a capture
             if self._exec:
                 cuda.cuGraphExecDestroy(self._exec)
-            if getattr(self, "_graph", None):
+            if self._graph:
                 cuda.cuGraphDestroy(self._graph)
 
 

@@ -83,17 +83,20 @@ PREFERRED = (
 NARROW, NARROW_COLUMNS = Tile(16, 13, channels=64), 8192
 """In place of the first where that would leave half of the multiprocessors without a tile, and columns of the weights
 from which on it pays."""
-_CHOICE: Tiles[Tile] = Tiles("sm90", PREFERRED, NARROW)
-TILES, key, candidates = _CHOICE.all, _CHOICE.key, _CHOICE.candidates
 
 
-def tile_for(device: int, weights: Weights, rows: int) -> Tile:
-    """What tuning has found for ``rows`` rows in all, or else the default."""
-    tuned, tile = _CHOICE.tuned(device, weights, rows), candidates(rows, weights)[0]
-    if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
-        few = 2 * tile.most(rows, weights.experts, weights.n) <= compiler.multiprocessors(device)
-        tile = NARROW if few else tile
-    return tuned or tile
+class _Tiles(Tiles[Tile]):
+    def default(self, device: int, weights: Weights, rows: int) -> Tile:
+        """As `Tiles.default`, or narrow."""
+        tile = super().default(device, weights, rows)
+        if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
+            few = 2 * tile.most(rows, weights.experts, weights.n) <= compiler.multiprocessors(device)
+            return NARROW if few else tile
+        return tile
+
+
+_CHOICE = _Tiles("sm90", PREFERRED, NARROW)
+TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 
 def weight_map(of: Weights, channels: int) -> tuple[int, ...]:

@@ -48,9 +48,7 @@ class Arguments:
         value = 1.0 if scale is None else checks.number(name, scale)
         if value is not None:
             return RowScale(value=value)
-        info = self.expect(name, scale, ("float32",), *shapes)
-        per_expert = len(info.shape) == 1 and info.shape != (1,)
-        return RowScale(info.pointer, row_stride=int(len(info.shape) == 2), expert_stride=int(per_expert))
+        return RowScale.of(self.expect(name, scale, ("float32",), *shapes))
 
     def weight_scale(self, name: str, scale: Any, experts: int, channels: int, up_channel: int) -> WeightScale:
         """A scale of weights with ``channels`` rows per expert, the ups from ``up_channel`` on (0: there are none)."""
@@ -98,13 +96,18 @@ class Arguments:
         """A new array of zeros of the caller's kind."""
         return self.library.zeros(shape, dtype, self.device)
 
+    def filled(self, shape: tuple[int, ...], value: float) -> Any:
+        """A new float32 array of the caller's kind, ``value`` everywhere."""
+        made = self.empty(shape, "float32")
+        with arrays.numeric_scope(self.library, self.device):
+            self.numeric(made)[...] = value
+        return made
+
     def as_scale(self, scale: Any) -> Any:
         """A scale argument as an array, to be returned: numbers become (1,)."""
         if checks.number("scale", scale) is None:
             return scale.reshape(1) if scale.ndim == 0 else scale
-        made = self.empty((1,), "float32")
-        made[...] = float(scale)
-        return made
+        return self.filled((1,), float(scale))
 
     def pointer(self, x: Any) -> int:
         """Address of an array."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupy_moe import arrays, checks, dispatch, launches, products, reference
+from cupy_moe import arrays, checks, dispatch, e4m3, launches, products, reference
 from cupy_moe import backend as backend_choice
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.checks import FLOATS, FP8
 from cupy_moe.launches import Bias, Matrix
+from cupy_moe.reference_scales import TINY_AMAX
 from cupy_moe.step_arguments import Arguments
 
 
@@ -58,7 +59,7 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
             partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
         ))
     elif scale is None:
-        made[...] = 1e-30 / 448
+        made = arguments.filled(tuple(made.shape), TINY_AMAX / e4m3.MAX)
     return arguments.library.as_fp8(codes), made
 
 
@@ -131,7 +132,7 @@ def activation_quantize(
             partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
         ))
     elif scale is None:
-        made[...] = 1e-30 / 448
+        made = arguments.filled(tuple(made.shape), TINY_AMAX / e4m3.MAX)
     return arguments.library.as_fp8(codes), made
 
 

@@ -69,13 +69,18 @@ class Tiles(Generic[T]):
         shape = f"{weights.experts} x {weights.n} x {weights.k}"
         return tuning.key(f"{self._backend} {__version__}", tuning.device_name(device), shape, rows=rows)
 
-    def candidates(self, rows: int, weights: Weights) -> list[T]:
-        """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
-        average = rows / max(min(rows, weights.experts), 1)
-        default: T = next(
+    def default(self, device: int, weights: Weights, rows: int) -> T:
+        """The tile for ``rows`` rows in all where tuning has found none."""
+        average = _average(rows, weights)
+        tile: T = next(
             entry.tile for entry in self._preferred
             if average < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
         )  # fmt: skip
+        return tile
+
+    def candidates(self, device: int, weights: Weights, rows: int) -> list[T]:
+        """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
+        average, default = _average(rows, weights), self.default(device, weights, rows)
         sizes = min(average / 4, 96), max(32, 4 * average)
         worth = [tile for tile in self.all if sizes[0] <= tile.rows <= sizes[1] and tile.suits(weights)]
         return [default, *(tile for tile in worth if tile != default)]
@@ -88,7 +93,12 @@ class Tiles(Generic[T]):
 
     def tile_for(self, device: int, weights: Weights, rows: int) -> T:
         """The same, or else the default."""
-        return self.tuned(device, weights, rows) or self.candidates(rows, weights)[0]
+        return self.tuned(device, weights, rows) or self.default(device, weights, rows)
+
+
+def _average(rows: int, weights: Weights) -> float:
+    """Rows per expert that can have any."""
+    return rows / max(min(rows, weights.experts), 1)
 
 
 class Weights:

@@ -51,13 +51,13 @@ class Workspace:
             if self._captured:
                 self._kept.append(self._memory)
                 self._captured = False
+            self.generation += 1  # what is prepared for the old memory has none, even if there is no new one
             # Not from CuPy's pool: giving this memory back has to wait for kernels on any stream, as cudaFree does.
             with driver.relaxed_capture():
-                self._memory = None
+                self._memory, self.nbytes = None, 0
                 self._memory = cupy.cuda.Memory(nbytes)
             self._device = device
             self.nbytes = nbytes
-            self.generation += 1
         return int(self._memory.ptr) if self._memory is not None else 0
 
 

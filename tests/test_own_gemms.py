@@ -86,7 +86,7 @@ def test_tiles_are_told_apart(name):
 @pytest.mark.parametrize("rows", [8 << power for power in range(18)])
 def test_clusters_where_k_is_large(rows):
     def default(k):
-        return sm90.candidates(rows, Weights(0, 8, 64, k, paired=False))[0]
+        return sm90.candidates(0, Weights(0, 8, 64, k, paired=False), rows)[0]
 
     assert default(4095).cluster == 1
     assert default(4096).cluster == (2 if rows >= 230 * 8 else 1)
@@ -99,7 +99,7 @@ def test_short_sums_where_they_will_do(rows, invariant, cache):
     for k, short in ((1024, 1024), (1040, 1024), (4096, 4096), (4096, 0)):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
         allowed = k <= short and not invariant
-        default, *others = sm90.candidates(rows, weights)
+        default, *others = sm90.candidates(0, weights, rows)
         assert (default.window == 0) == (allowed and rows >= 230 * 8)
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
@@ -117,7 +117,7 @@ def test_candidates(rows, experts, k, name):
     for short in (0, k):
         weights = Weights(0, experts, 64, k, paired=False, short_columns=short)
         fitting = [entry for entry in kernel.PREFERRED if entry.tile.suits(weights)]
-        default, *others = kernel.candidates(rows, weights)
+        default, *others = kernel.candidates(0, weights, rows)
         assert default == next(entry.tile for entry in fitting if average < entry.below and k < entry.below_k)
         assert set(others) <= {tile for tile in kernel.TILES if tile.suits(weights)} - {default}
 
@@ -128,14 +128,14 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
     monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
     weights = kernel.Weights(0, 8, 64, 128, paired=False)
     default = kernel.tile_for(0, weights, 100)
-    assert default == kernel.candidates(100, weights)[0]
+    assert default == kernel.candidates(0, weights, 100)[0]
     other = next(tile for tile in kernel.TILES if tile != default)
     key = kernel.key(0, weights, 100)
     assert key.startswith(f"{name} ")
     assert key.endswith(" | a device | 8 x 64 x 128 | 128 rows")
     cache.store({key: {**other._asdict(), "us": 1.0, "default_us": 2.0}})
     assert kernel.tile_for(0, weights, 100) == kernel.tile_for(0, weights, 65) == other
-    assert kernel.tile_for(0, weights, 129) == kernel.candidates(129, weights)[0], "another power of two"
+    assert kernel.tile_for(0, weights, 129) == kernel.candidates(0, weights, 129)[0], "another power of two"
     for foreign in ({}, {"average": 8, "tile": 13, "option": 1}, {**other._asdict(), "rows": 13}):
         cache.store({key: foreign})
         assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
@@ -148,7 +148,8 @@ def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
               (8, 8464, k): {1: usual}, (1, 4096, k): {1: narrow, 4: narrow, 5: sm90.Tile(32, 6)}}  # fmt: skip
     for shape, of in layers.items():
         weights = Weights(0, *shape, paired=False)
-        assert {rows: sm90.tile_for(0, weights, rows) for rows in of} == of, shape
+        for rows, tile in of.items():
+            assert sm90.tile_for(0, weights, rows) == sm90.candidates(0, weights, rows)[0] == tile, (shape, rows)
     weights = Weights(0, 8, 4096, k, paired=False)
     cache.store({sm90.key(0, weights, 2): {**usual._asdict(), "us": 1.0}})
     assert sm90.tile_for(0, weights, 2) == usual, "tuning knows better"
@@ -189,7 +190,12 @@ def status(monkeypatch):
     """What `backends` says; to be changed by the test."""
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     made = dict.fromkeys(backend.NAMES, "available")
-    monkeypatch.setattr(backend, "backends", lambda device=None: made)
+
+    def problem(name, device):
+        return None if made[name] == "available" else made[name]
+
+    monkeypatch.setattr(backend, "_own_problem", problem)
+    monkeypatch.setattr(backend, "_cublaslt_problem", lambda device: problem("cublaslt", device))
     return made
 
 
@@ -206,6 +212,12 @@ def test_choice_of_a_backend(status, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^no fast backend .* sm90: not here\. cublaslt: gone\. mma: too old\."):
         backend.choose(0, None)
     assert backend.choose(0, "reference") == backend.choose(arrays.CPU, None) == "reference"
+
+
+@pytest.mark.parametrize("name", [None, "sm90", "mma"])
+def test_library_is_not_opened_for_nothing(status, monkeypatch, name):
+    monkeypatch.setattr(backend, "_cublaslt_problem", lambda device: pytest.fail("tries cuBLASLt"))
+    assert backend.choose(0, name) == (name or "sm90")
 
 
 def test_backends_for_batch_invariant(status, monkeypatch):
