@@ -21,6 +21,11 @@ from cupy_moe import driver
 CPU = -1
 """The device number of arrays in host memory."""
 
+NUMBERS = (
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
+    "float64", "float8_e4m3fn", "complex64", "complex128",
+)
+"""Names of the dtypes that all libraries have, or that are codes."""
 _ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 
@@ -147,9 +152,7 @@ class _TorchLibrary:
 
     def __init__(self) -> None:
         self._torch = torch = sys.modules["torch"]
-        floats = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn")
-        names = (*floats, "uint8", "int8", "int16", "int32", "int64", "bool")
-        self._dtypes = {name: getattr(torch, name) for name in names}
+        self._dtypes = {name: getattr(torch, name) for name in NUMBERS if hasattr(torch, name)}
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
         # The same handle without the Stream object around it, which costs more than a kernel launch.
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from itertools import pairwise
 
@@ -56,13 +57,14 @@ def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -
     RuntimeError
         If the backend asked for, or for None every fast one, is not available; the message has the reasons.
     """
-    if backend is None and device != arrays.CPU:
-        backend = os.environ.get(ENVIRONMENT) or None
+    through = "backend"
+    if backend is None and device != arrays.CPU and os.environ.get(ENVIRONMENT):
+        backend, through = os.environ[ENVIRONMENT], ENVIRONMENT
     if backend is not None:
-        checks.option("backend", backend, NAMES)
+        checks.option(through, backend, NAMES)
         if batch_invariant and backend in VARIES:
             allowed = ", ".join(repr(name) for name in NAMES if name not in VARIES)
-            raise ValueError(f"backend: expected None or one of {allowed}; got {backend!r}, but {VARIES[backend]}")
+            raise ValueError(f"{through}: expected None or one of {allowed}; got {backend!r}, but {VARIES[backend]}")
     if device == arrays.CPU:
         if backend not in (None, "reference"):
             raise RuntimeError(f"backend: expected 'reference' or None with arrays on the CPU; got {backend!r}")
@@ -74,8 +76,11 @@ def choose(device: int, backend: str | None, *, batch_invariant: bool = False) -
         if status[name] == "available" and (name == backend or name != "reference"):
             return name
     if backend is not None:
-        raise RuntimeError(f"backend: {backend!r} is not available on cuda:{device}: {status[backend]}")
-    reasons = " ".join(f"{name}: {reason}." for name, reason in status.items() if name != "reference")
+        raise RuntimeError(f"{through}: {backend!r} is not available on cuda:{device}: {status[backend]}")
+    names: dict[str, list[str]] = {}  # by reason, which may be one for all
+    for name in NAMES[:-1]:
+        names.setdefault(status[name], []).append(name)
+    reasons = " ".join(f"{', '.join(of)}: {reason}." for reason, of in names.items())
     raise RuntimeError(f"no fast backend is available on cuda:{device}. {reasons} "
                        "backend='reference' runs the slow NumPy definition on the GPU through CuPy.")
 
@@ -102,7 +107,9 @@ def _device_problem(device: int | None) -> tuple[int, str | None]:
     try:
         import cupy
     except ImportError as error:
-        return -1, f"CuPy cannot be imported ({error}); pip install 'cupy-moe[cu13]'"
+        # Beside torch without the extra: it has another cuBLAS than the one that torch pins.
+        what = "cupy-cuda13x" if "torch" in sys.modules else "'cupy-moe[cu13]'"
+        return -1, f"CuPy cannot be imported ({error}); pip install {what}"
     try:
         device = cupy.cuda.runtime.getDevice() if device is None else device
         capability_of(device)

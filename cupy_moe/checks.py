@@ -49,15 +49,18 @@ def describe(name: str, x: Any, library: Library, device: int) -> Array:
 
 
 def expect(
-    name: str, array: Array, dtypes: Iterable[str], *shapes: Shape, rows_only: bool = False
+    name: str, array: Array, dtypes: Iterable[str], *shapes: Shape, rows_only: bool = False, since: str = ""
 ) -> Array:
-    """Check dtype, shape and contiguity; ``rows_only`` allows any distance between the rows of a matrix."""
+    """Check dtype, shape and contiguity; ``rows_only`` allows any distance between the rows of a matrix.
+
+    ``since`` says in the message what the shape follows from.
+    """
     dtypes = tuple(dtypes)
     if array.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(dtypes)}; got {array.dtype}")
     if not any(_matches(array.shape, shape) for shape in shapes):
         allowed = " or ".join(_text(shape) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {allowed}; got {_text(array.shape)}")
+        raise ValueError(f"{name}: expected shape {allowed}{since}; got {_text(array.shape)}")
     rows_only = rows_only and len(array.shape) == 2
     if rows_only:
         rows, cols = array.shape
@@ -122,8 +125,8 @@ def number(name: str, x: Any) -> float | None:
         return None
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name}: expected a number or an array; got {x!r}")
-    if not 0 < float(x) < float("inf"):
-        raise ValueError(f"{name}: expected a positive finite scale; got {x!r}")
+    if not 2.0**-126 <= float(x) <= 2.0**126:  # as a float32, it and its reciprocal are normal numbers
+        raise ValueError(f"{name}: expected a positive scale, from 2**-126 to 2**126; got {x!r}")
     return float(x)
 
 

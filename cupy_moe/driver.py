@@ -113,6 +113,8 @@ class Launch:
     ------
     TypeError
         If the names are not exactly those of the kernel's parameters.
+    ValueError
+        If an integer is too large for its parameter.
     """
 
     __slots__ = ("_args", "_attribute", "_config", "_config_ref", "_function", "_keep", "_launch", "kernel")
@@ -125,10 +127,7 @@ class Launch:
             raise TypeError(f"{kernel.name} takes {list(kernel.parameters)}; missing or unknown: {wrong}")
         kernel.allow_shared_bytes(shared_bytes)
         self.kernel = kernel
-        self._args = {
-            name: kind(**arguments[name]) if issubclass(kind, ctypes.Structure) else kind(arguments[name])
-            for name, kind in kernel.parameters.items()
-        }
+        self._args = {name: _stored(name, kind, arguments[name]) for name, kind in kernel.parameters.items()}
         self._keep = (ctypes.c_void_p * len(self._args))(*(ctypes.addressof(a) for a in self._args.values()))
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
@@ -164,6 +163,16 @@ class Launch:
         result = self._launch(self._config_ref, self._function, self._keep, None)
         if result:
             check(result, f"launch of {self.kernel.name}")
+
+
+def _stored(name: str, kind: Any, value: Any) -> Any:
+    """An argument as the kernel takes it. ctypes would cut off what does not fit."""
+    if issubclass(kind, ctypes.Structure):
+        return kind(**{field: _stored(field, of, value[field]) for field, of in kind._fields_})
+    stored = kind(*value) if issubclass(kind, ctypes.Array) else kind(value)
+    if issubclass(kind, ctypes.c_int32) and stored.value != value:
+        raise ValueError(f"{name}: expected a number of 32 bits; got {value}")
+    return stored
 
 
 def tensor_map(

@@ -48,7 +48,7 @@ class Experts:
     out_dtype
         float16, bfloat16 or float32; None is that of the hidden states (bfloat16 if those are fp8).
     backend
-        A name of `cupy_moe.backends`; None takes the first that is available there.
+        A name of `cupy_moe.backends`; None takes the first that is available there, on a GPU not the reference.
     batch_invariant
         A token's output has the same bits whichever other tokens share the call, in whatever number, order and routing.
         Takes a backend that promises it, and scales of activations that depend on the token alone: ``per_act_token``,
@@ -97,6 +97,9 @@ class Experts:
         if self._backend != "reference":
             with arrays.numeric_scope(checked.library, checked.device):
                 self._layer = Layer(checked, self._backend)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Experts can be neither copied nor pickled, since it holds addresses: make it from its weights")
 
     @property
     def backend(self) -> str:

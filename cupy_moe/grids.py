@@ -11,6 +11,8 @@ MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
 """Threads of a block that holds a row, as in ``common.cuh``; and of one that has a multiprocessor for itself and at
 most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps."""
 FEW_VECTORS = 4
+MOST_COLUMNS_HELD = 1 << 16
+"""Columns of a row that a block holds."""
 FEWEST_IN_REGISTERS, MOST_IN_SHARED = 2, 6
 """Of the vectors of a thread of `activation_quantize` that wait for the scale of their row: with two in registers, two
 blocks share a multiprocessor, and six in shared memory are what every device has room for."""
@@ -38,11 +40,15 @@ def stretches(cols: int, most_threads: int = STRETCH_THREADS, per_thread: int = 
     """Rows of ``cols`` columns, cut where it suits, with ``per_thread`` vectors to a thread."""
     vectors = -(-cols // (VECTOR * per_thread))
     threads = min(most_threads, up(vectors, 32))
+    if -(-vectors // threads) > MAX_GRID_Y:
+        raise ValueError(f"rows of at most {MAX_GRID_Y * threads * VECTOR * per_thread} columns; got {cols}")
     return Grid(-(-vectors // threads), threads, per_thread)
 
 
 def whole_rows(cols: int, most_threads: int = MAX_ROW_THREADS, *, several: bool) -> Grid:
     """A block holds a row. ``several``: few threads with several vectors in flight, and as little idle as may be."""
+    if cols > MOST_COLUMNS_HELD:
+        raise ValueError(f"rows of at most {MOST_COLUMNS_HELD} columns can have a scale each; got {cols}")
     vectors = -(-cols // VECTOR)
     if vectors > FEW_VECTORS * most_threads:
         most_threads = MAX_ROW_THREADS

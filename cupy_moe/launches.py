@@ -195,8 +195,8 @@ def combine(
         kernel, (-(-tokens // of_block), grid.stretches), grid.threads, x=x.pointer, x_pitch=x.pitch, rows=rows,
         tokens=tokens, src2dst_map=src2dst, row_experts=row_experts, topk_weights=topk_weights,
         x_scale=x_scale.pointer, x_scale_row_stride=x_scale.row_stride, x_scale_expert_stride=x_scale.expert_stride,
-        unit=x_scale.times(unit), w_scale=w_scale.pointer, w_scale_stride=w_scale.stride, bias=bias.pointer,
-        skip_padding=skip_padding, cols=cols, out=out.pointer, out_pitch=out.pitch,
+        x_scale_value=x_scale.value, unit=unit, w_scale=w_scale.pointer, w_scale_stride=w_scale.stride,
+        bias=bias.pointer, skip_padding=skip_padding, cols=cols, out=out.pointer, out_pitch=out.pitch,
     )
 
 

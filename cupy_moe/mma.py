@@ -12,8 +12,8 @@ from cupy_moe.tiles import End, Groups, Preference, Tiles, Weights
 
 CHANNELS, THREADS, STEP = 128, 256, 128
 """Weight rows of a tile, threads of a block and columns of a stage, as in ``gemm_mma.cu``."""
-SHARED_BYTES = 99 << 10
-"""What a block can have of shared memory on every device: 8.6, 8.9 and 12.0 have the least."""
+SHARED_BYTES = (99 << 10) - 128
+"""What a block can have of shared memory, beside that of `block_max`, on every device: 8.6, 8.9 and 12.0 have least."""
 FP8_CAPABILITY = (8, 9)
 """From which compute capability on the tensor cores multiply e4m3."""
 

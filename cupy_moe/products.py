@@ -45,21 +45,24 @@ def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: An
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
     product = cupy.empty((len(a), n), cupy.float16)
+    # Whatever the offsets are, there is no row behind the last one, and no count is negative.
+    bounds = cupy.clip(expert_offsets, 0, len(a))
+    spans = bounds[:-1], cupy.maximum(cupy.diff(bounds), 0)
     if backend == "cublaslt":
-        _multiply_cublaslt(device, a, weights, expert_offsets, product, choice)
+        _multiply_cublaslt(device, a, weights, *spans, product, choice)
     else:
-        _multiply_own({"sm90": sm90, "mma": mma}[backend], device, a, weights, expert_offsets, product)
+        _multiply_own({"sm90": sm90, "mma": mma}[backend], device, a, weights, *spans, product)
     owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
     return Product(product, e4m3.half_unit(k), cupy.where(owners < experts, owners, -1).astype(cupy.int32))
 
 
 def _multiply_own(
-    kernel: ModuleType, device: int, a: Any, weights: Any, expert_offsets: Any, product: Any
+    kernel: ModuleType, device: int, a: Any, weights: Any, first: Any, counts: Any, product: Any
 ) -> None:
     import cupy
 
     (rows, k), (experts, n, _) = a.shape, weights.shape
-    spans = cupy.stack([expert_offsets[:-1], cupy.diff(expert_offsets)], axis=1)
+    spans = cupy.stack([first, counts], axis=1)
     claims = cupy.zeros(2, np.int32)
     kernel.grouped_gemm(
         device, kernel.Weights(weights.data.ptr, experts, n, k, paired=False), Matrix(a.data.ptr, k, "uint8"), rows,
@@ -68,14 +71,15 @@ def _multiply_own(
     )(int(cupy.cuda.get_current_stream().ptr))
 
 
-def _multiply_cublaslt(device: int, a: Any, weights: Any, expert_offsets: Any, product: Any, choice: int) -> None:
+def _multiply_cublaslt(
+    device: int, a: Any, weights: Any, first: Any, counts: Any, product: Any, choice: int
+) -> None:
     import cupy
 
     stream = int(cupy.cuda.get_current_stream().ptr)
-    gemm, counts, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
-    first = expert_offsets[:-1]
+    gemm, sizes, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
     with _tables_in_use:
-        cupy.subtract(expert_offsets[1:], first, out=counts)
+        sizes[...] = counts
         for table, matrix in zip(pointers, (a, product), strict=True):
             cupy.multiply(first, matrix.shape[1] * matrix.itemsize, out=table, dtype=cupy.int64)
             table += matrix.data.ptr

@@ -209,11 +209,13 @@ def combine(
 ) -> Array:
     """Sum over slots, in slot order, of weight * (x * (x_scale * w_scale) + bias): (rows, K) -> (M, K).
 
-    The row of a (token, slot) is in `src2dst_map`; a slot without one adds nothing. `topk_weights` None:
-    weights of 1. `out_dtype` None: that of `x`.
+    The row of a (token, slot) is in `src2dst_map`; a slot without one, or with one of no expert, adds nothing.
+    `topk_weights` None: weights of 1. `out_dtype` None: that of `x`.
     """
     xp = array_namespace(x)
     rows = rescale(x, x_scale, w_scale, bias, row_experts)
+    if row_experts is not None:
+        rows = xp.where((row_experts >= 0)[:, None], rows, 0)
     weights = xp.where(src2dst_map >= 0, 1 if topk_weights is None else topk_weights, 0).astype(np.float32)
     result = xp.zeros((len(src2dst_map), x.shape[1]), np.float32)
     for slot in range(src2dst_map.shape[1]):

@@ -22,6 +22,8 @@ def dynamic_scale(x: Array, per_token: bool) -> Array:
     The maximum is over the finite values.
     """
     xp = array_namespace(x)
+    if not x.shape[1]:
+        x = xp.zeros((len(x), 1), np.float32)
     amax = xp.max(xp.where(xp.isfinite(x), xp.abs(x), 0), axis=1, keepdims=True)
     if not per_token:
         amax = xp.concatenate([amax, xp.zeros((1, 1), np.float32)]).max(axis=0)  # no rows at all: zero

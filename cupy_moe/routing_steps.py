@@ -100,7 +100,7 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     Parameters
     ----------
     x
-        (M, C) of any dtype; any distance between rows.
+        (M, C) of any number dtype of NumPy, bfloat16 or float8_e4m3fn; any distance between rows.
     dst2src_map
         (rows,) int32.
     out
@@ -111,13 +111,10 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     array (rows, C)
     """
     arguments = Arguments("x", x)
-    source = arguments.expect("x", x, (arguments.first.dtype,), ("M", "C"), rows_only=True)
+    source = arguments.expect("x", x, arrays.NUMBERS, ("M", "C"), rows_only=True)
     index = arguments.expect("dst2src_map", dst2src_map, ("int32",), ("rows",))
     shape = (index.shape[0], source.shape[1])
-    try:
-        out = arguments.result("out", out, shape, source.dtype)
-    except KeyError:
-        raise TypeError(f"x: expected a dtype that torch shares with NumPy; got {source.dtype}") from None
+    out = arguments.result("out", out, shape, source.dtype)
     if arguments.on_cpu:
         arguments.reference(reference.shuffle_rows, x, dst2src_map, out=out)
     elif 0 not in shape:

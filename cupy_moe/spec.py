@@ -101,7 +101,8 @@ def layer_spec(
         raise ValueError(f"w1: expected sizes of at least 1{halves} for activation {activation!r}; got {first.shape}")
     intermediate_size = rows // 2 if gated else rows
     second = checks.expect(
-        "w2", checks.describe("w2", w2, library, device), checks.FP8, (num_experts, hidden_size, intermediate_size)
+        "w2", checks.describe("w2", w2, library, device), checks.FP8, (num_experts, hidden_size, intermediate_size),
+        since=f", since w1 has {first.shape} and the activation {activation!r} is {'' if gated else 'not '}gated",
     )
 
     def operand(name: str, x: Any, dtypes: tuple[str, ...], *shapes: checks.Shape) -> Operand | None:
@@ -241,7 +242,7 @@ def _check_hidden_scale(spec: LayerSpec, call: Call) -> None:
             f"a1_scale: expected None in a call with {hidden.dtype} hidden_states (it is the scale of fp8 ones); "
             f"got {came}"
         )
-    _check_scale_of_all(spec, "a1_scale", scale, ", or fp8 hidden_states,")
+    _check_scale_of_all(spec, "a1_scale", scale, ", or fp8 hidden_states")
     if isinstance(scale, Operand) and scale.info.shape not in ((), (1,), (spec.num_experts,)):
         raise ValueError(
             f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "

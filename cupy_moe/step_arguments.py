@@ -69,13 +69,15 @@ class Arguments:
             shape = checks.describe(name, x, self.library, self.device).shape
             if not shape or (name not in ("w_scale", "bias") and (len(shape) > 1 or shape == (1,))):
                 continue
+            if name == "bias" and len(shape) != 2:
+                continue  # refused with its shape, as soon as the experts are counted
             experts = shape[0]
             if not experts:
                 raise ValueError(f"{name}: expected entries for at least one expert; got shape {shape}")
             if row_experts is None and experts > 1:
                 raise ValueError(
                     f"row_experts: expected an int32 array of shape ({rows},), since {name} of shape {shape} has an "
-                    "entry per expert; got None"
+                    "entry per expert" + (f" (per row: ({rows}, 1))" if name == "x_scale" else "") + "; got None"
                 )
             break
         return experts, self.optional("row_experts", row_experts, ("int32",), (rows,)).pointer

@@ -86,8 +86,8 @@ def activation_quantize(
     bias
         (E, 2N) or (E, N): float16, bfloat16 or float32.
     row_experts
-        (rows,) int32 expert of each row, -1 for none: such a row counts for no maximum and becomes zero codes. Needed
-        with any argument per expert; None: all rows belong to expert 0.
+        (rows,) int32 expert of each row, from 0 to E - 1 (on a GPU nobody looks), or -1 for none: such a row counts
+        for no maximum and becomes zero codes. Needed with any argument per expert; None: all rows belong to expert 0.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def grouped_gemm_fp8(
     out_dtype
         float16, bfloat16 or float32.
     backend
-        A name of `cupy_moe.backends`; None takes the first that is available there.
+        A name of `cupy_moe.backends`; None takes the first that is available there, on a GPU not the reference.
 
     Returns
     -------
@@ -210,7 +210,8 @@ def combine(
     topk_weights
         (M, topk) float32; None: weights of 1.
     x_scale, w_scale, bias, row_experts
-        As in `activation_quantize`, with K columns: ``w_scale`` is one per expert or per channel (E, K).
+        As in `activation_quantize`, with K columns: ``w_scale`` is one per expert or per channel (E, K). A row without
+        an expert adds nothing.
     out_dtype
         float16, bfloat16 or float32; None is that of ``x``.
 

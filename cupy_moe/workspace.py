@@ -37,6 +37,9 @@ class Workspace:
         self._captured = False
         self._kept: list[Any] = []  # outgrown, but a CUDA graph may still use it
 
+    def __reduce__(self) -> Any:
+        raise TypeError("Workspace can be neither copied nor pickled, since it holds addresses: make another one")
+
     def note_capture(self) -> None:
         """Keep the memory of now for good: a CUDA graph has recorded its address."""
         self._captured = True

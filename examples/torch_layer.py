@@ -37,8 +37,13 @@ class MoE(nn.Module):
     def forward(self, x):
         """(..., K) -> (..., K)."""
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = cupy_moe.topk_softmax(tokens.float() @ self.router.T, self.topk, renormalize=True)
-        return self.experts(tokens, topk_weights, topk_ids).reshape(x.shape)
+        return self.route_and_run(tokens, tokens.float() @ self.router.T).reshape(x.shape)
+
+    @torch.compiler.disable  # torch.compile leaves it as it is: what it launches are no operators of torch
+    def route_and_run(self, tokens, logits):
+        """(M, K) and the router's (M, E) -> (M, K)."""
+        topk_weights, topk_ids = cupy_moe.topk_softmax(logits, self.topk, renormalize=True)
+        return self.experts(tokens, topk_weights, topk_ids)
 
 
 def quantize_weights(w):

@@ -16,11 +16,12 @@
 
 constexpr int PAIRS = TOKENS * TOPK, IN_FLIGHT = PAIRS < MOST ? PAIRS : MOST;
 
-struct alignas(16) Slot { int row, expert; float weight, factor; };  // expert -1: no row, and row 0 is loaded instead
+// expert -1: no row, and row 0 is loaded instead. The weight has the unit of x too: it is large, and so may be the scales.
+struct alignas(16) Slot { int row, expert; float weight, factor; };
 
 // Adds to the sum what a slot's row has in eight columns, with the scales and the bias of these.
 __device__ __forceinline__ void add_row(float (&sum)[VECTOR], const Slot& slot, const Vector<In>& x, const Vector<float>& scale,
-                                        const Vector<Bias>& shift) {
+                                        const Vector<Bias>& shift, float per_unit) {
     float v[VECTOR], by[VECTOR], add[VECTOR];
     x.values(v);
     if constexpr (PER_CHANNEL) scale.values(by);
@@ -28,7 +29,7 @@ __device__ __forceinline__ void add_row(float (&sum)[VECTOR], const Slot& slot, 
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
         const float factor = PER_CHANNEL ? slot.factor * by[j] : slot.factor;
-        const float scaled = sizeof(Bias) > 1 ? fmaf(v[j], factor, add[j]) : v[j] * factor;
+        const float scaled = sizeof(Bias) > 1 ? fmaf(v[j], factor, add[j] * per_unit) : v[j] * factor;
         sum[j] = fmaf(slot.weight, scaled, sum[j]);
     }
 }
@@ -41,10 +42,11 @@ extern "C" __global__ void combine(
     const int* __restrict__ src2dst_map,      // (tokens, TOPK): row, or outside 0 .. rows - 1; null: row = token
     const int* __restrict__ row_experts,      // (rows,); null: expert 0
     const float* __restrict__ topk_weights,   // (tokens, TOPK); null: weights of 1
-    const float* __restrict__ x_scale,        // [row * x_scale_row_stride + expert * x_scale_expert_stride]; null: 1
+    const float* __restrict__ x_scale,        // [row * x_scale_row_stride + expert * x_scale_expert_stride]
     int x_scale_row_stride,
     int x_scale_expert_stride,
-    float unit,                               // what 1 in x stands for: the GEMM scales down to fit a half
+    float x_scale_value,                      // where that is null
+    float unit,                               // what 1 in x stands for, a power of two: the GEMM scales down to fit a half
     const float* __restrict__ w_scale,        // w_scale[expert * w_scale_stride (+ col)]; null: 1
     int w_scale_stride,
     const Bias* __restrict__ bias,            // (experts, cols)
@@ -72,11 +74,11 @@ extern "C" __global__ void combine(
         float factor = 0.0f;
         if (expert >= 0) {
             const long long index = (long long)row * x_scale_row_stride + expert * x_scale_expert_stride;
-            factor = unit * pick(x_scale, index, 1.0f);
+            factor = pick(x_scale, index, x_scale_value);
             if constexpr (!PER_CHANNEL) factor *= pick(w_scale, (long long)expert * w_scale_stride, 1.0f);
             any = true;
         }
-        slots[slot] = {valid ? row : 0, expert, weight, factor};
+        slots[slot] = {valid ? row : 0, expert, weight * unit, factor};
     }
     any = __syncthreads_or(any);
     // What the columns have, of some slots: no kernel makes it.
@@ -94,6 +96,7 @@ extern "C" __global__ void combine(
     wait_for_previous_kernel();
     if (col >= cols) return;
 
+    const float per_unit = __frcp_rn(unit);
     float sum[VECTOR] = {};
     bool empty = true;  // of the token so far
 #pragma unroll
@@ -108,7 +111,7 @@ extern "C" __global__ void combine(
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT && first + i < PAIRS; ++i) {
             const Slot slot = slots[first + i];
-            if (slot.expert >= 0) add_row(sum, slot, x_of[i], scale[i], shift[i]);
+            if (slot.expert >= 0) add_row(sum, slot, x_of[i], scale[i], shift[i], per_unit);
             empty = empty && slot.expert < 0;
             if ((first + i) % TOPK < TOPK - 1) continue;
             const int token = first_token + (first + i) / TOPK;

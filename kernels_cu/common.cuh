@@ -129,9 +129,10 @@ struct Divisor {
 
 __device__ __forceinline__ float scale_of_amax(float amax) { return __fdiv_rn(fmaxf(amax, TINY_AMAX), FP8_MAX); }
 
+constexpr float LARGEST = 3.402823466e38f;  // finite float
 __device__ __forceinline__ float finite_magnitude(float x) {
     const float magnitude = fabsf(x);
-    return magnitude < __uint_as_float(0x7f800000u) ? magnitude : 0.0f;  // false for NaN too
+    return magnitude <= LARGEST ? magnitude : 0.0f;  // false for NaN too
 }
 
 // A running maximum of finite magnitudes in two instructions: their bits, so biased that those of infinity and NaN are

@@ -6,7 +6,7 @@
 
 // The largest finite magnitude of all tokens (or of all valid rows), one per block in partials. PARTIALS blocks.
 extern "C" __global__ void amax_tokens(
-    const In* __restrict__ x,                 // (tokens, cols)
+    const In* x,                              // (tokens, cols)
     long long x_pitch,
     const int* src2dst_map,                   // (tokens, topk), read if WEIGHTED or valid_only
     const float* __restrict__ topk_weights,   // (tokens, topk), read if WEIGHTED
@@ -22,14 +22,15 @@ extern "C" __global__ void amax_tokens(
     if (waits) wait_for_previous_kernel();
     else start_next_kernel();  // it reads nothing but x before its own wait
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
-    const float largest = block_max(max_of_tokens(x, x_pitch, tokens, cols, thread, threads, [&](u32 token) {
-        if (!WEIGHTED && !valid_only) return 1.0f;
-        float factor = 0.0f;
+    const float largest = block_max(max_of_tokens(x, x_pitch, tokens, cols, thread, threads, [&](u32 token, const auto& v) {
+        if (!WEIGHTED && !valid_only) return max_of_vector(v);
+        float largest = 0.0f;
         for (int slot = 0; slot < topk; ++slot) {
             const long long pair = (long long)token * topk + slot;
-            if (src2dst_map[pair] >= 0) factor = fmaxf(factor, WEIGHTED ? fabsf(topk_weights[pair]) : 1.0f);
+            if (src2dst_map[pair] < 0) continue;
+            largest = fmaxf(largest, WEIGHTED ? max_of_vector(v, topk_weights[pair]) : max_of_vector(v));
         }
-        return factor;
+        return largest;
     }));
     if (threadIdx.x == 0) partials[blockIdx.x] = largest;
     if (!waits) wait_for_previous_kernel();

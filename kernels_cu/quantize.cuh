@@ -17,10 +17,20 @@ __device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR]) {
     return unbiased(largest);
 }
 
-// The largest finite magnitude of what thread `thread` of `threads` side by side finds in all tokens, times factor(token).
-template <typename Factor>
+// The same of the elements times `weight`, which may make some of them infinite.
+__device__ __forceinline__ float max_of_vector(const float (&v)[VECTOR], float weight) {
+    float largest = fabsf(max_of_vector(v) * weight);
+    if (largest <= LARGEST) return largest;
+    largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) largest = fmaxf(largest, finite_magnitude(v[j] * weight));
+    return largest;
+}
+
+// The largest max_of(token, vector) of what thread `thread` of `threads` side by side finds in all tokens.
+template <typename MaxOf>
 __device__ __forceinline__ float max_of_tokens(const In* x, long long x_pitch, u32 tokens, int cols, u32 thread, u32 threads,
-                                               Factor factor) {
+                                               MaxOf max_of) {
     constexpr int IN_FLIGHT = 4;  // vectors of a thread that are loaded before the first is used
     const u32 vectors = (cols + VECTOR - 1) / VECTOR;
     // From one vector of a thread to its next: some tokens on, and some vectors.
@@ -42,7 +52,7 @@ __device__ __forceinline__ float max_of_tokens(const In* x, long long x_pitch, u
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; ++i)
-            largest = fmaxf(largest, finite_magnitude(max_of_vector(v[i]) * factor(of[i])));
+            largest = fmaxf(largest, max_of(of[i], v[i]));
     }
     return largest;
 }
@@ -80,7 +90,8 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
     float v[VECS][VECTOR];
     float largest = 0.0f;
     if constexpr (ALONE)
-        largest = max_of_tokens(q.x, q.x_pitch, q.tokens, q.cols, threadIdx.x, blockDim.x, [](u32) { return 1.0f; });
+        largest = max_of_tokens(q.x, q.x_pitch, q.tokens, q.cols, threadIdx.x, blockDim.x,
+                                [](u32, const float (&values)[VECTOR]) { return max_of_vector(values); });
 #pragma unroll
     for (int i = 0; i < VECS; ++i) {
         const int col = (first + i * int(blockDim.x)) * VECTOR;
@@ -129,7 +140,17 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
         const float weight = WEIGHTED ? q.topk_weights[(long long)token * q.topk + slot] : 1.0f;
         float scale = token_scale;
         if constexpr (PER_EXPERT) scale = q.scale_in[expert_of(slot, row)];
-        if constexpr (MODE == TOKEN && WEIGHTED) scale = scale_of_amax(finite_magnitude(largest * weight));
+        if constexpr (MODE == TOKEN && WEIGHTED) {
+            float weighted = fabsf(largest * weight);
+            if (!(weighted <= LARGEST)) {  // of some elements, perhaps not of all
+                weighted = 0.0f;
+#pragma unroll
+                for (int i = 0; i < VECS; ++i) weighted = fmaxf(weighted, max_of_vector(v[i], weight));
+                __syncthreads();  // other warps may still read what the block has found last
+                weighted = block_max(weighted);
+            }
+            scale = scale_of_amax(weighted);
+        }
         if (MODE != TENSOR && q.scale_out && blockIdx.y == 0 && threadIdx.x == 0)
             q.scale_out[row] = READY ? scale * weight : scale;
         u8* target = q.out + row * q.out_pitch;

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong arguments of `Experts`: the error names the argument, what is allowed and what came."""
 
+import copy
+import pickle
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -65,6 +68,7 @@ WRONG = [
     ("w2", np.zeros((E, K, N + 1), FP8), ValueError, ("(4, 32, 16)", "got (4, 32, 17)")),
     ("w2", np.zeros((E, N, K), FP8), ValueError, ("(4, 32, 16)", "got (4, 16, 32)")),
     ("w2", np.zeros((E + 1, K, N), FP8), ValueError, ("(4, 32, 16)", "got (5, 32, 16)")),
+    ("w2", np.zeros((E, K, 2 * N), FP8), ValueError, ("since w1 has (4, 32, 32)", "'silu' is gated")),
     ("w2", np.zeros((K, N), FP8), ValueError, ("(4, 32, 16)", "got (32, 16)")),
     ("w2", np.zeros((E, K, N), np.float16), TypeError, (*FP8_NAMES, "got float16")),
     ("w2", np.zeros((E, N, K), FP8).swapaxes(1, 2), ValueError, CONTIGUOUS),
@@ -88,11 +92,13 @@ WRONG = [
     ("w2_scale", floats(E, N), ValueError, ("(4, 32)", "got (4, 16)")),
     ("w2_scale", floats(2 * E)[::2], ValueError, CONTIGUOUS),
     # scales of activations
-    ("a1_scale", 0.0, ValueError, ("positive finite", "got 0.0")),
-    ("a1_scale", -0.5, ValueError, ("positive finite", "got -0.5")),
-    ("a2_scale", float("nan"), ValueError, ("positive finite", "got nan")),
-    ("a2_scale", np.float32("inf"), ValueError, ("positive finite", "inf")),
-    ("a2_scale", -1, ValueError, ("positive finite", "got -1")),
+    ("a1_scale", 0.0, ValueError, ("a positive scale, from", "got 0.0")),
+    ("a1_scale", -0.5, ValueError, ("a positive scale, from", "got -0.5")),
+    ("a2_scale", float("nan"), ValueError, ("a positive scale, from", "got nan")),
+    ("a2_scale", np.float32("inf"), ValueError, ("a positive scale, from", "inf")),
+    ("a1_scale", 1e-38, ValueError, ("a positive scale, from 2**-126 to 2**126", "got 1e-38")),
+    ("a2_scale", 1e38, ValueError, ("a positive scale, from 2**-126 to 2**126", "got 1e+38")),
+    ("a2_scale", -1, ValueError, ("a positive scale, from", "got -1")),
     ("a1_scale", True, TypeError, ("number or an array", "got True")),
     ("a1_scale", "0.5", TypeError, ("number or an array", "got '0.5'")),
     ("a2_scale", [0.5], TypeError, ("number or an array", "got [0.5]")),
@@ -237,6 +243,15 @@ def test_sizes_of_the_reference():
     assert_rejected(ValueError, "topk", ("from 1 to 9", "got 10"), mapped.tune, topk=10)
     with pytest.raises(TypeError, match="topk"):
         experts.tune(64)
+
+
+@pytest.mark.parametrize("make", [lambda: Experts(**layer_arguments()), Workspace])
+def test_copies(make):
+    """They hold addresses."""
+    made = make()
+    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=rf"^{type(made).__name__} can be neither copied nor pickled"):
+            copier(made)
 
 
 @pytest.mark.parametrize("name", ["w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias",

@@ -95,8 +95,8 @@ WRONG = [
     ("quantize_fp8", {"scale": floats(M)}, "scale", ValueError, ("(1,)", "(6, 1)", "got (6,)")),
     ("quantize_fp8", {"scale": floats(1, C)}, "scale", ValueError, ("(6, 1)", "got (1, 16)")),
     ("quantize_fp8", {"scale": np.ones(1)}, "scale", TypeError, ("float32", "got float64")),
-    ("quantize_fp8", {"scale": 0}, "scale", ValueError, ("positive finite", "got 0")),
-    ("quantize_fp8", {"scale": float("nan")}, "scale", ValueError, ("positive finite", "got nan")),
+    ("quantize_fp8", {"scale": 0}, "scale", ValueError, ("a positive scale, from", "got 0")),
+    ("quantize_fp8", {"scale": float("nan")}, "scale", ValueError, ("a positive scale, from", "got nan")),
     ("quantize_fp8", {"per_token": 1}, "per_token", TypeError, ("True or False", "got 1")),
     ("activation_quantize", {"x": codes(ROWS, C)}, "x", TypeError, (FLOATS, "got float8_e4m3fn")),
     ("activation_quantize", {"x": floats(ROWS)}, "x", ValueError, ("(rows, 2N)", "got (12,)")),
@@ -106,7 +106,7 @@ WRONG = [
     ("activation_quantize", {"per_token": "row"}, "per_token", TypeError, ("True or False", "got 'row'")),
     ("activation_quantize", {"scale": floats(ROWS, 1)}, "scale", ValueError, ("(1,)", "(4,)", "got (12, 1)")),
     ("activation_quantize", {"scale": floats(E + 1)}, "scale", ValueError, ("(1,)", "(4,)", "got (5,)")),
-    ("activation_quantize", {"scale": -2.0}, "scale", ValueError, ("positive finite", "got -2.0")),
+    ("activation_quantize", {"scale": -2.0}, "scale", ValueError, ("a positive scale, from", "got -2.0")),
     ("activation_quantize", {"x_scale": floats(ROWS)}, "x_scale", ValueError, ("(12, 1)", "(4,)", "got (12,)")),
     ("activation_quantize", {"x_scale": np.ones(1)}, "x_scale", TypeError, ("float32", "got float64")),
     ("activation_quantize", {"w_scale": floats(C, E)}, "w_scale", ValueError, ("(16, 2)", "got (16, 4)")),
@@ -126,7 +126,7 @@ WRONG = [
     ("grouped_gemm_fp8", {"expert_offsets": ints(E)}, "expert_offsets", ValueError, ("(5,)", "got (4,)")),
     ("grouped_gemm_fp8", {"expert_offsets": [0] * 5}, "expert_offsets", TypeError, ("numpy array", "got list")),
     ("grouped_gemm_fp8", {"a_scale": floats(ROWS)}, "a_scale", ValueError, ("(12, 1)", "(4,)", "got (12,)")),
-    ("grouped_gemm_fp8", {"a_scale": float("inf")}, "a_scale", ValueError, ("positive finite", "got inf")),
+    ("grouped_gemm_fp8", {"a_scale": float("inf")}, "a_scale", ValueError, ("a positive scale, from", "got inf")),
     ("grouped_gemm_fp8", {"b_scale": floats(8)}, "b_scale", ValueError, ("(4,)", "(4, 8)", "got (8,)")),
     ("grouped_gemm_fp8", {"b_scale": floats(E, 2)}, "b_scale", ValueError, ("(4, 1)", "(4, 8)", "got (4, 2)")),
     ("grouped_gemm_fp8", {"bias": floats(8)}, "bias", ValueError, ("(4, 8)", "got (8,)")),
@@ -219,4 +219,4 @@ def test_tensors_without_memory(step):
 def test_shuffle_rows_of_a_dtype_that_only_torch_has():
     torch = pytest.importorskip("torch")
     options = {"x": torch.zeros((M, C), dtype=torch.float8_e5m2), "dst2src_map": torch.zeros(ROWS, dtype=torch.int32)}
-    assert_rejected(TypeError, "x", ("shares with NumPy", "got float8_e5m2"), cupy_moe.shuffle_rows, **options)
+    assert_rejected(TypeError, "x", ("or float8_e4m3fn or", "got float8_e5m2"), cupy_moe.shuffle_rows, **options)

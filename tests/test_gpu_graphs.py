@@ -2,6 +2,7 @@
 """CUDA graphs: captured with CuPy and with torch, replayed with other tokens and other routing in the same buffers."""
 
 import ctypes
+import gc
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from gpu_cases import (
     to_torch,
 )
 
-from cupy_moe import Experts, Workspace, fused_experts, reference
+from cupy_moe import Experts, Workspace, fused, fused_experts, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -143,6 +144,32 @@ def test_fused_experts_replays(seed):
                 buffer.view(np.uint8)[...] = x.view(np.uint8)
             replay(graph, stream)
             assert same_bits(out, want)
+
+
+def test_fused_experts_keeps_what_is_recorded(seed, monkeypatch):
+    """However many other layers are called afterwards."""
+    monkeypatch.setattr(fused, "LAYERS_KEPT", 3)
+    layers = [make_layer(seed + i, 8, 256, 512) for i in range(9)]
+    hidden, weights, ids = several_inputs(seed, 17, 256, 2, 8)[0]
+    call = {"topk_weights": weights, "topk_ids": ids}
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    out = poisoned(hidden.shape, "bfloat16")
+    with stream:
+        want = fused_experts(hidden, **call, **layers[0]).copy()
+        stream.begin_capture()
+        fused_experts(hidden, **call, out=out, **layers[0])
+        graph = stream.end_capture()
+        for layer in layers[1:]:
+            fused_experts(hidden, **call, **layer)
+        kept = [each for each in fused._layers.values() if not each._captured]
+        assert len(kept) == 3
+        gc.collect()
+        filler = [cupy.cuda.Memory(nbytes) for nbytes in (1 << 10, 1 << 12, 1 << 21)]
+        for memory in filler:
+            cupy.cuda.runtime.memsetAsync(memory.ptr, 0xFF, memory.size, stream.ptr)
+        replay(graph, stream)
+        assert same_bits(out, want)
 
 
 @pytest.mark.parametrize("mode", MODES)

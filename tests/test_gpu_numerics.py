@@ -18,6 +18,7 @@ from gpu_cases import (
     poisoned,
     random_codes,
     relative_error,
+    run_layer,
     same_bits,
 )
 
@@ -149,6 +150,33 @@ def test_huge_token_per_token(value, seed):
     huge[BAD] = cupy.clip(huge[BAD] * np.float32(value / 4), -3e38, 3e38)
     got = call_repeatedly(lambda out: experts(huge, *call, out), poisoned(huge.shape, "float32"))
     assert rows_that_differ(got, clean) == [BAD]
+
+
+@pytest.mark.parametrize("per_row", ["(E,)", "(E, n)"])
+@pytest.mark.parametrize("bias", [None, "float32"])
+def test_huge_scale(per_row, bias, seed):
+    """All codes in front of GEMM 2 are zero; their scale times what 1 in its product stands for would overflow."""
+    layer, hidden, *call = make_small(seed, dtype="float32", kinds=("(E, n)", per_row), bias=bias)
+    for scale in (1e36, cupy.asarray([1e36], np.float32)):
+        got, want = check_layer({**layer, "a2_scale": scale}, hidden, *call)
+        assert bool(want.any()) == (bias is not None)
+        assert np.isfinite(got.get()).all()
+
+
+@pytest.mark.parametrize("mode", ["tensor", "token"])
+@pytest.mark.parametrize("weights", [(2.0, 3.0), (2.0, 0.5), (np.inf, 0.5), (np.nan, 2.0)])
+@pytest.mark.parametrize("tokens", [3, 700])  # one launch, or one that looks for the maximum in front
+def test_weights_that_overflow(weights, tokens, mode, seed):
+    """What they make infinite is not the maximum: that is the largest finite product of an element and a weight."""
+    layer, hidden, topk_weights, ids = make_small(
+        seed, tokens=tokens, topk=2, dtype="float32", apply_router_weight_on_input=True, **MODES[mode]
+    )
+    hidden[1] *= np.float32(10.0)
+    hidden[1, 5] = np.float32(3e38)
+    topk_weights[1] = cupy.asarray(weights, np.float32)
+    got, want = (np.delete(x.get(), 1, axis=0) for x in run_layer(layer, hidden, topk_weights, ids))
+    assert want.any() == (mode == "token" or weights[1] != 0.5), "where 1.5e38 counts, the others are zero beside it"
+    assert np.linalg.norm(got - want) <= LAYER_LIMIT * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("mode", MODES)

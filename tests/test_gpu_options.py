@@ -288,6 +288,14 @@ def test_backends(seed):
     assert same_bits(out, want)
 
 
+def test_reference_of_the_environment(seed, monkeypatch):
+    layer, hidden, *call = make_small(seed)
+    monkeypatch.setenv("CUPY_MOE_BACKEND", "reference")
+    want = reference.fused_experts(hidden, topk_weights=call[0], topk_ids=call[1], **layer)
+    for _ in range(2):
+        assert same_bits(fused_experts(hidden, topk_weights=call[0], topk_ids=call[1], **layer), want)
+
+
 def test_validate(seed):
     layer, hidden, weights, ids = make_small(seed, dtype="float32")
     experts = Experts(**layer, validate=True)

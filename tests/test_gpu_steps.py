@@ -130,6 +130,17 @@ def test_grouped_gemm(n, k, out_dtype, seed):
 
 
 @pytest.mark.gemm
+@pytest.mark.parametrize("offsets", [(0, 9, 5, 40), (0, 9, 100, 120), (-3, 9, 20, 2**31 - 1), (0, 7, 7, -5)])
+def test_grouped_gemm_offsets_out_of_order(offsets, seed):
+    """They end somewhere, and write nothing but the result."""
+    a, b = random_codes(seed, (40, 64)), random_codes(seed + 1, (3, 48, 64))
+    got = cupy_moe.grouped_gemm_fp8(a, b, cupy.asarray(offsets, np.int32), a_scale=0.01, out_dtype="float32")
+    first = cupy.asarray([0, offsets[1]], np.int32)
+    want = expected(reference.grouped_gemm_fp8, a, b[:1], first, a_scale=0.01, out_dtype="float32")
+    assert relative_error(got[:5], want[:5]) <= STEP_LIMIT, "expert 0"
+
+
+@pytest.mark.gemm
 def test_grouped_gemm_misaligned(seed):
     rows, experts, n, k = 70, 3, 64, 48
     a = random_codes(seed, rows * k + 1)[1:].reshape(rows, k)

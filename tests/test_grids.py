@@ -10,7 +10,7 @@ from cupy_moe import grids
 @pytest.mark.parametrize("several", [False, True])
 def test_blocks_of_whole_rows(several, most):
     """They have every column, in at most as many threads as a block can have."""
-    for cols in range(1, 70000, 7):
+    for cols in (*range(1, grids.MOST_COLUMNS_HELD, 7), grids.MOST_COLUMNS_HELD):
         grid = grids.whole_rows(cols, most, several=several)
         assert grid.stretches == 1
         assert grid.threads % 32 == 0
@@ -20,6 +20,15 @@ def test_blocks_of_whole_rows(several, most):
         shared = grids.in_shared(grid)
         assert 0 <= shared < grid.per_thread
         assert shared * grid.threads * grids.VECTOR * 4 <= 99 << 10, f"{cols} columns"  # what every device has
+
+
+def test_rows_too_wide():
+    with pytest.raises(ValueError, match=r"^rows of at most 65536 columns can have a scale each; got 65537$"):
+        grids.whole_rows(65537, several=False)
+    widest = grids.MAX_GRID_Y * grids.STRETCH_THREADS * grids.VECTOR
+    assert grids.stretches(widest).stretches == grids.MAX_GRID_Y
+    with pytest.raises(ValueError, match=rf"^rows of at most {widest} columns; got {widest + 1}$"):
+        grids.stretches(widest + 1)
 
 
 @pytest.mark.parametrize("rows", [1, 300, 2**31 - 1])

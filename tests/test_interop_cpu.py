@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch CPU tensors wherever NumPy arrays go: the same bits come out, as tensors, in the caller's memory."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import cupy_moe
-from cupy_moe import Experts, Routing, fused_experts, reference
+from cupy_moe import Experts, Routing, arrays, fused_experts, reference
 
 torch = pytest.importorskip("torch")
 
@@ -123,6 +127,40 @@ def test_out_dtype_of_any_library(rng, name):
     expected = reference.fused_experts(**layer, **call, out_dtype=str(name).removeprefix("torch.")
                                        if not isinstance(name, type) else name)  # fmt: skip
     assert_same_bits(fused_experts(**all_to_torch(layer), **all_to_torch(call), out_dtype=name), expected)
+
+
+def test_under_torch_compile(rng):
+    """As the README says: left out of what is compiled, and the same inside of it."""
+    layer, call = layer_arguments(rng), call_arguments(rng)
+    expected = reference.fused_experts(**layer, **call)
+    experts, call = Experts(**all_to_torch(layer)), all_to_torch(call)
+    run = torch.compiler.disable(experts.__call__)
+
+    @torch.compile(backend="eager")
+    def function(hidden_states, **routing):
+        return run(hidden_states * 2, **routing) + 1
+
+    call["hidden_states"] /= 2
+    assert torch.equal(function(**call), torch.from_numpy(expected) + 1)
+    assert torch.equal(function(**call), torch.from_numpy(expected) + 1)
+
+
+def test_threads_that_bring_a_kind_at_once(monkeypatch):
+    """One of them finds the library; the other waits for it."""
+    find, asked = arrays._find_library, threading.Event()
+
+    def slowly(kind):
+        asked.set()
+        time.sleep(0.05)
+        return find(kind)
+
+    monkeypatch.setattr(arrays, "_find_library", slowly)
+    x = torch.zeros(3).as_subclass(type("New", (torch.Tensor,), {}))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(arrays.library_of, x)
+        assert asked.wait(10)
+        second = threads.submit(arrays.library_of, x)
+        assert first.result() is second.result() is arrays.library_of(torch.zeros(3))
 
 
 @each_dtype

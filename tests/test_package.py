@@ -95,6 +95,19 @@ def test_backends_without_cupy():
         assert "pip install 'cupy-moe[cu13]'" in reason, name
 
 
+def test_backends_beside_torch_without_cupy():
+    """Without the extra, whose cuBLAS is another one than torch's; and a reason that all have is given once."""
+    code = "import sys, cupy_moe.backend as b; sys.modules['torch'] = sys; "
+    status = eval(run(WITHOUT_GPU_LIBRARIES, code + "print(b.backends())"))
+    assert status["sm90"].endswith("pip install cupy-cuda13x")
+    printed = run(WITHOUT_GPU_LIBRARIES, code + """
+try: b.choose(0, None)
+except RuntimeError as error: print(error)
+""")
+    assert printed.startswith("no fast backend is available on cuda:0. sm90, cublaslt, mma: CuPy cannot be imported")
+    assert printed.count("pip install") == 1
+
+
 def test_backends_here_say_why_not():
     assert cupy_moe.backends()["reference"] == "available"
     for name, status in cupy_moe.backends().items():

@@ -65,6 +65,15 @@ def test_combine(x_kind, w_kind, bias, weighted):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("w_kind", CHANNEL_SCALES)
+def test_combine_leaves_out_rows_of_no_expert(w_kind):
+    x = np.arange(1, 10 * K + 1, dtype=np.float32).reshape(10, K)
+    options = {"w_scale": CHANNEL_SCALES[w_kind], "row_experts": EXPERTS}
+    got = reference.combine(x, np.array([[8, 3], [9, 8]]), **options)
+    np.testing.assert_array_equal(got[:1], reference.combine(x, np.array([[3]]), **options))
+    assert not got[1].any()
+
+
 def test_combine_sums_in_slot_order():
     x = np.array([[1], [1e8], [-1e8]], np.float32)
     assert reference.combine(x, np.array([[1, 2, 0], [1, 0, 2]])).ravel().tolist() == [1, 0]

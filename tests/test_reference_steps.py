@@ -53,6 +53,15 @@ def route_slowly(ids, num_experts, expert_map=None):
     }
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (0, 0)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_scales_of_nothing(shape, per_token):
+    codes, scale = reference.quantize_fp8(np.zeros(shape, np.float32), per_token=per_token)
+    assert codes.shape == shape
+    assert scale.shape == ((shape[0], 1) if per_token else (1,))
+    np.testing.assert_array_equal(scale, np.float32(1e-30) / np.float32(448))
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize(("low", "high"), [(0, 6), (-3, 12), (2, 3), (-5, 0)])
 @pytest.mark.parametrize("shape", [(0, 2), (1, 1), (17, 1), (40, 5)])
