@@ -161,8 +161,10 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 
 // What nobody reads again need not go from the L2 cache to memory: leaves LINE bytes, at a multiple of that, undetermined.
 [[maybe_unused]] constexpr int LINE = 128;
-__device__ __forceinline__ void discard_line(const void* p) {
-    asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
+// `read`: what the lanes of a warp have made of all that they loaded of the line, not NaN; so that nothing is discarded before.
+__device__ __forceinline__ void discard_line(const void* p, float read = 0.0f) {
+    asm volatile("{.reg .pred there; setp.num.f32 there, %1, %1; @there discard.global.L2 [%0], 128;}" ::"l"(p), "f"(read)
+                 : "memory");
 }
 
 // Most of the L2 cache of an H100. Of more bytes than these, many have gone to memory before they are read. Where blocks are
@@ -259,14 +261,15 @@ __device__ __forceinline__ float warp_max(float magnitude) {
 }
 
 // The largest of the block's magnitudes, in every thread. At most 1024 threads, all of which call it.
-__device__ __forceinline__ float block_max(float magnitude) {
+__device__ __forceinline__ float max_of_warps(float of_warp) {
     __shared__ float of_warps[LANES];
-    const float of_warp = warp_max(magnitude);
     if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = of_warp;
     __syncthreads();
     const int lane = threadIdx.x % LANES;
     return warp_max(lane < int(blockDim.x / LANES) ? of_warps[lane] : 0.0f);
 }
+
+__device__ __forceinline__ float block_max(float magnitude) { return max_of_warps(warp_max(magnitude)); }
 
 // The maximum of a tensor is found in two steps: each block of one kernel leaves its own maximum, and each warp of the next
 // takes the largest of those. Nothing has to be zeroed first, and no order matters.

@@ -36,12 +36,16 @@ extern "C" __global__ void amax_tokens(
     if (!waits) wait_for_previous_kernel();
 }
 
-// The whole lines of what this block has read of a token, of which it needs nothing any more.
-__device__ __forceinline__ void discard_lines(const In* x, int cols) {
-    const int block_cols = blockDim.x * VECS * VECTOR, first = blockIdx.y * block_cols;
-    const u64 begin = reinterpret_cast<u64>(x + first), end = reinterpret_cast<u64>(x + min(first + block_cols, cols));
-    for (u64 line = (begin + LINE - 1) / LINE * LINE + threadIdx.x * LINE; line + LINE <= end; line += blockDim.x * LINE)
-        discard_line(reinterpret_cast<const void*>(line));
+// The whole lines of what this warp has read of a token: `read` says that it has.
+__device__ __forceinline__ void discard_lines(const In* x, int cols, float read) {
+    constexpr int LINES = LANES * VECTOR * int(sizeof(In)) / LINE;  // of a vector of each lane
+    const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x / LANES * LANES;
+    const u64 end = reinterpret_cast<u64>(x + cols);
+    for (int i = threadIdx.x % LANES; i < VECS * LINES; i += LANES) {
+        const u64 begin = reinterpret_cast<u64>(x + (first + i / LINES * int(blockDim.x)) * VECTOR);
+        const u64 line = (begin + LINE - 1) / LINE * LINE + i % LINES * LINE;
+        if (line + LINE <= min(begin + LINES * LINE, end)) discard_line(reinterpret_cast<const void*>(line), read);
+    }
 }
 
 // One block takes one token (blockIdx.x).
@@ -64,24 +68,23 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) quantize_shuffle(
         if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
     // Nobody else reads what GEMM 1 has left: it need not go to memory.
-    const auto discard = [&] {
+    const auto discard = [&](float read) {
         if constexpr (FRESH) {
             const bool worthwhile = MODE == TENSOR || gridDim.x * x_pitch * int(sizeof(In)) <= MOST_TO_DISCARD;
-            if (wanted && worthwhile) discard_lines(x + token * x_pitch, cols);
+            if (wanted && worthwhile) discard_lines(x + token * x_pitch, cols, read);
         }
     };
     // Otherwise x is older than the kernel in front (routing or amax_tokens): it is read before that kernel is done.
     quantize_token<FRESH>(
         {x, x_pitch, topk_weights, partials, scale_in, scale_value, scale_stride, int(gridDim.x), topk, cols, out_cols, out,
          out_pitch, scale_out},
-        token, blockIdx.x == 0, wanted,
+        token, blockIdx.x == 0, wanted, discard,
         [&] {
             if constexpr (!FRESH) wait_for_previous_kernel();
-            if constexpr (MODE == TOKEN) discard();  // the maximum has waited for all of the row
         },
         [&](int slot) { return !FRESH && rows ? rows[slot] : token; }, [&](int, int row) { return row_experts[row]; });
-    if constexpr (FRESH && MODE == TENSOR) {
-        __syncthreads();  // until its codes are made, a thread may still read
-        discard();
+    if constexpr (MODE == TENSOR) {
+        __syncwarp();  // all lanes have made their codes
+        discard(0.0f);
     }
 }

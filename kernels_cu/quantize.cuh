@@ -80,10 +80,11 @@ struct Quantization {
 // A token, or a stretch of its columns (blockIdx.y) where no maximum over the token is needed: it is read once and written to
 // the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
 // and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write.
-// ONE_SLOT: there is but one, so that codes need not be kept for the next.
-template <bool ONE_SLOT, typename FindRows, typename RowOf, typename ExpertOf>
+// ONE_SLOT: there is but one, so that codes need not be kept for the next. TOKEN: each warp calls once_read(the largest
+// magnitude of what it has loaded), before the rest of the block is as far.
+template <bool ONE_SLOT, typename OnceRead, typename FindRows, typename RowOf, typename ExpertOf>
 __device__ __forceinline__ void quantize_token(const Quantization& q, int token, bool first_block, bool wanted,
-                                               FindRows find_rows, RowOf row_of, ExpertOf expert_of) {
+                                               OnceRead once_read, FindRows find_rows, RowOf row_of, ExpertOf expert_of) {
     constexpr bool READY = sizeof(In) == 1;
     constexpr bool CODES_PER_SLOT = (ONE_SLOT || WEIGHTED || PER_EXPERT) && !READY;
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
@@ -100,7 +101,11 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
         if (wanted && col < q.cols) load_vector<IN_ALIGNED>(q.x + token * q.x_pitch + col, q.cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
-    if constexpr (MODE == TOKEN || ALONE) largest = block_max(largest);
+    if constexpr (MODE == TOKEN || ALONE) {
+        largest = warp_max(largest);
+        if constexpr (MODE == TOKEN) once_read(largest);
+        largest = max_of_warps(largest);
+    }
 
     const auto codes_of = [&](int i, float weight, const Divisor& by) {
         float weighted[VECTOR];

@@ -109,6 +109,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS, 1) route_quantize(
     quantize_token<false>(
         {x, x_pitch, topk_weights, partials, scale_in, scale_value, scale_stride, int(gridDim.x) - 1, topk, cols, out_cols,
          out, out_pitch, scale_out},
-        token, token == 0, true, find_rows, [&](int slot) { return rows[slot]; },
+        token, token == 0, true, [](float) {}, find_rows, [&](int slot) { return rows[slot]; },
         [&](int slot, int) { return numbers[token * topk + slot] / pairs; });
 }
