@@ -8,23 +8,19 @@ per expert, which of them lose least against the best of each case: what `cupy_m
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import cupy
 import numpy as np
 
 from benchmarks import cases
-from benchmarks.records import make_header
+from benchmarks.records import make_header, make_parser, save
 from cupy_moe import backend, cublaslt
+from cupy_moe.grouped_gemm import TUNING_AVERAGES
 
 TOKENS = (*cases.TOKENS, 2048, 8192)
-ASKED_FOR = (8, 16, 32, 64, 128, 256)
-"""Average rows per expert that the heuristic is told."""
 
 
 def random_codes(size: int) -> Any:
@@ -72,7 +68,7 @@ def time_gemm(context: cublaslt.Context, shape: cases.Shape, n: int, k: int) -> 
         counts.set(host)
         tables.set(np.stack([a.data.ptr + first * k, product.data.ptr + first * n * product.itemsize]))
         times: dict[tuple[int, int], float] = {}
-        for average in ASKED_FOR:
+        for average in TUNING_AVERAGES:
             for algorithm in matmul.algorithms(average):
                 configuration = matmul.configuration(algorithm)
                 if configuration in times:
@@ -109,10 +105,7 @@ def print_ranking(records: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Run the survey."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.algorithms", description=__doc__)
-    parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--commit", help="of this code, where there is no git folder")
-    options = parser.parse_args()
+    options = make_parser("benchmarks.algorithms", __doc__).parse_args()
     header = make_header("benchmarks.algorithms", sys.argv[1:], out=options.out, commit=options.commit)
     context = backend.cublaslt_context(0)
     header["versions"]["cublasLt"] = ".".join(map(str, context.found.version or ()))
@@ -122,8 +115,7 @@ def main() -> int:
         for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
             records += time_gemm(context, shape, n, k)
             cupy.get_default_memory_pool().free_all_blocks()
-        if options.out:
-            Path(options.out).write_text(json.dumps({"header": header, "records": records}) + "\n")
+        save(options.out, header, records)
     print_ranking(records)
     return 0
 

@@ -9,19 +9,16 @@ only deviation is noise in GEMM 1's product (see flips.py): how much of the laye
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import cupy
 import numpy as np
 
 from benchmarks import flips
-from benchmarks.table import make_header
+from benchmarks.records import make_header, make_parser, save
 from cupy_moe import Experts, backend, cublaslt, e4m3
 
 INNER_SIZES = (128, 1024, 4096, 14336, 28672)
@@ -105,9 +102,7 @@ def describe(record: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run everything."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--out", metavar="FILE.json")
-    parser.add_argument("--commit", help="of this code, where there is no git folder")
+    parser = make_parser("benchmarks.precision", __doc__)
     parser.add_argument("--noise", type=float, default=flips.NOISE, help="of the simulation, relative to a row's rms")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of each cell")
     options = parser.parse_args()
@@ -121,8 +116,7 @@ def main() -> int:
         records.extend(new)
         for record in new:
             print(describe(record), flush=True)
-        if options.out:
-            Path(options.out).write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
+        save(options.out, header, records)
 
     for k in INNER_SIZES:
         operands = gemm_operands(k)

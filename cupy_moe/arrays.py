@@ -252,7 +252,10 @@ _thread = threading.local()
 
 def on_device(device: int) -> Any:
     """A context in which ``device`` is the current CUDA device; next to free of cost where it is already."""
-    import cupy
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(f"arrays on a GPU need CuPy, which cannot be imported ({error}): see the README") from error
 
     runtime = cupy.cuda.runtime
     if not hasattr(_thread, "has_context"):  # a new thread has a current device, but no context of it yet

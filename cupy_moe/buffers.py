@@ -38,6 +38,7 @@ class Buffers:
         carver.take(max(first.used, second.used))
         self.x_scales = carver.take(rows * 4)
         self.a_scales = carver.take(rows * 4)
+        # Routing fills all of these; of a call, no kernel reads the offsets or the first map.
         self.maps = Maps(
             layer.expert_offsets.data.ptr, layer.expert_counts.data.ptr, carver.take(rows * 4), carver.take(rows * 4),
             carver.take(rows * 4), layer.spans.data.ptr,

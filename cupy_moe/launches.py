@@ -143,6 +143,7 @@ def activation_quantize(
     grid, shared = grids.stretches(out_cols, per_thread=2 if rows >= grids.MANY_ROWS else 1), 0
     if mode == "TOKEN":
         # Few rows: as many threads to each as registers allow. Otherwise blocks that leave a multiprocessor to two.
+        # Where the input is as light as TWO_ROWS of activation.cu asks for.
         more = rows <= compiler.multiprocessors(device) and aligned and x.itemsize == 2 and bias.dtype == NO_BIAS.dtype
         grid = grids.whole_rows(out_cols, grids.MORE_ROW_THREADS if more else grids.MAX_ROW_THREADS, several=False)
         shared = grids.in_shared(grid)

@@ -108,6 +108,15 @@ except RuntimeError as error: print(error)
     assert printed.count("pip install") == 1
 
 
+def test_arrays_on_a_gpu_without_cupy():
+    printed = run(WITHOUT_GPU_LIBRARIES, """
+from cupy_moe import arrays
+try: arrays.on_device(0)
+except RuntimeError as error: print(error)
+""")
+    assert printed.startswith("arrays on a GPU need CuPy, which cannot be imported (No module named 'cupy'")
+
+
 def test_backends_here_say_why_not():
     assert cupy_moe.backends()["reference"] == "available"
     for name, status in cupy_moe.backends().items():
