@@ -23,9 +23,9 @@ CPU = -1
 
 NUMBERS = (
     "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
-    "float64", "float8_e4m3fn", "complex64", "complex128",
+    "float64", "float8_e4m3fn",
 )
-"""Names of the dtypes that all libraries have, or that are codes."""
+"""Names of the dtypes of torch that NumPy has too, but complex ones, whose conjugates may look like themselves."""
 _ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 

@@ -11,8 +11,8 @@ MAX_ROW_THREADS, MORE_ROW_THREADS = 512, 896
 """Threads of a block that holds a row, as in ``common.cuh``; and of one that has a multiprocessor for itself and at
 most `FEW_VECTORS` to a thread, so that a row is not the work of a few warps."""
 FEW_VECTORS = 4
-MOST_COLUMNS_HELD = 1 << 16
-"""Columns of a row that a block holds."""
+MOST_COLUMNS_HELD = 1 << 17
+"""Columns of a row that a block holds; from half of them on, not all in registers."""
 FEWEST_IN_REGISTERS, MOST_IN_SHARED = 2, 6
 """Of the vectors of a thread of `activation_quantize` that wait for the scale of their row: with two in registers, two
 blocks share a multiprocessor, and six in shared memory are what every device has room for."""

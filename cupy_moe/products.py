@@ -44,7 +44,7 @@ def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: An
     tuning.CACHE.load()
     a, weights = _padded(a, (1, ALIGNMENT)), _padded(weights, (1, ALIGNMENT, ALIGNMENT))
     experts, n, k = weights.shape
-    product = cupy.empty((len(a), n), cupy.float16)
+    product = cupy.zeros((len(a), n), cupy.float16)  # rows in front of the first expert's are not written
     # Whatever the offsets are, there is no row behind the last one, and no count is negative.
     bounds = cupy.clip(expert_offsets, 0, len(a))
     spans = bounds[:-1], cupy.maximum(cupy.diff(bounds), 0)

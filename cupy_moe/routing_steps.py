@@ -100,7 +100,8 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     Parameters
     ----------
     x
-        (M, C) of any number dtype of NumPy, bfloat16 or float8_e4m3fn; any distance between rows.
+        (M, C); any distance between rows. Any dtype of numbers; of torch real ones that NumPy has too, bfloat16 and
+        float8_e4m3fn.
     dst2src_map
         (rows,) int32.
     out
@@ -111,14 +112,20 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     array (rows, C)
     """
     arguments = Arguments("x", x)
-    source = arguments.expect("x", x, arrays.NUMBERS, ("M", "C"), rows_only=True)
+    dtype = arguments.first.dtype
+    source = arguments.expect(
+        "x", x, arrays.NUMBERS if arguments.library.name == "torch" else (dtype,), ("M", "C"), rows_only=True
+    )
+    try:
+        itemsize = arrays.numpy_dtype(dtype).itemsize
+    except TypeError:
+        raise TypeError(f"x: expected numbers; got {dtype}") from None
     index = arguments.expect("dst2src_map", dst2src_map, ("int32",), ("rows",))
     shape = (index.shape[0], source.shape[1])
     out = arguments.result("out", out, shape, source.dtype)
     if arguments.on_cpu:
         arguments.reference(reference.shuffle_rows, x, dst2src_map, out=out)
     elif 0 not in shape:
-        itemsize = arrays.numpy_dtype(source.dtype).itemsize
         pitch = source.strides[0] if source.shape[0] > 1 else shape[1]
         arguments.run(launches.shuffle_rows(
             arguments.device, source.pointer, pitch * itemsize, source.shape[0], index.pointer, shape[0],

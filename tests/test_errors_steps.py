@@ -76,6 +76,7 @@ WRONG = [
     ("route", {"expert_map": ints(2, 4)}, "expert_map", ValueError, ("(global_num_experts,)", "got (2, 4)")),
     ("route", {"expert_map": ints(0)}, "expert_map", ValueError, ("at least one", "(0,)")),
     ("shuffle_rows", {"x": None}, "x", TypeError, ("NumPy, CuPy or torch array", "got NoneType")),
+    ("shuffle_rows", {"x": np.full((M, C), "a")}, "x", TypeError, ("numbers", "got str32")),
     ("shuffle_rows", {"x": floats(M)}, "x", ValueError, ("(M, C)", "got (6,)")),
     ("shuffle_rows", {"x": floats(C, M).T}, "x", ValueError, STRIDED),
     ("shuffle_rows", {"dst2src_map": ints(ROWS, 1)}, "dst2src_map", ValueError, ("(rows,)", "got (12, 1)")),
@@ -216,7 +217,10 @@ def test_tensors_without_memory(step):
     assert_rejected(TypeError, first, parts, getattr(cupy_moe, step), **(STEPS[step] | {first: meta}))
 
 
-def test_shuffle_rows_of_a_dtype_that_only_torch_has():
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "complex64"])
+def test_shuffle_rows_of_a_dtype_that_only_torch_has(dtype):
+    """Or that may be the conjugate of what lies in memory."""
     torch = pytest.importorskip("torch")
-    options = {"x": torch.zeros((M, C), dtype=torch.float8_e5m2), "dst2src_map": torch.zeros(ROWS, dtype=torch.int32)}
-    assert_rejected(TypeError, "x", ("or float8_e4m3fn or", "got float8_e5m2"), cupy_moe.shuffle_rows, **options)
+    x = torch.zeros((M, C), dtype=getattr(torch, dtype))
+    options = {"x": x, "dst2src_map": torch.zeros(ROWS, dtype=torch.int32)}
+    assert_rejected(TypeError, "x", ("or float8_e4m3fn", f"got {dtype}"), cupy_moe.shuffle_rows, **options)

@@ -3,6 +3,7 @@
 
 import ctypes
 import gc
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -149,6 +150,7 @@ def test_fused_experts_replays(seed):
 def test_fused_experts_keeps_what_is_recorded(seed, monkeypatch):
     """However many other layers are called afterwards."""
     monkeypatch.setattr(fused, "LAYERS_KEPT", 3)
+    monkeypatch.setattr(fused, "_layers", OrderedDict())
     layers = [make_layer(seed + i, 8, 256, 512) for i in range(9)]
     hidden, weights, ids = several_inputs(seed, 17, 256, 2, 8)[0]
     call = {"topk_weights": weights, "topk_ids": ids}

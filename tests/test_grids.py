@@ -23,8 +23,8 @@ def test_blocks_of_whole_rows(several, most):
 
 
 def test_rows_too_wide():
-    with pytest.raises(ValueError, match=r"^rows of at most 65536 columns can have a scale each; got 65537$"):
-        grids.whole_rows(65537, several=False)
+    with pytest.raises(ValueError, match=r"^rows of at most 131072 columns can have a scale each; got 131073$"):
+        grids.whole_rows(131073, several=False)
     widest = grids.MAX_GRID_Y * grids.STRETCH_THREADS * grids.VECTOR
     assert grids.stretches(widest).stretches == grids.MAX_GRID_Y
     with pytest.raises(ValueError, match=rf"^rows of at most {widest} columns; got {widest + 1}$"):

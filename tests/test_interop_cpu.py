@@ -288,8 +288,16 @@ def test_every_step_is_tested():
     assert names == {name for name in cupy_moe.__all__ if hasattr(reference, name)} - {"Routing", "fused_experts"}
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "longdouble", "datetime64[s]", "uint16"])
+def test_shuffle_rows_of_numpy_alone(rng, dtype):
+    x = rng.integers(0, 9, (M, K)).astype(dtype)
+    got = cupy_moe.shuffle_rows(x, np.array([3, -1, 0], np.int32))
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(got, np.stack([x[3], np.zeros_like(x[0]), x[0]]))
+
+
 @pytest.mark.parametrize("name", ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
-                                  "float64", "float8_e4m3fn"])  # fmt: skip
+                                  "float64", "float8_e4m3fn", "uint16", "uint32", "uint64"])  # fmt: skip
 def test_shuffle_rows_into_out(rng, name):
     index = torch.tensor([3, -1, 0, 3, M], dtype=torch.int32)
     x = torch.from_numpy(rng.integers(0, 2, (M, 2 * K))).to(getattr(torch, name))[:, :K]  # rows at a distance
