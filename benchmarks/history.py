@@ -38,7 +38,7 @@ STEPS = {
     "5f68009091": "fewer instructions in `combine`: nothing that a call would notice, what differs is the run",
     "6d17c194c5": "GEMM 2 of many rows in turns: one warpgroup multiplies while the other ends its tile",
     "afc8966852": "nothing new with one scale, what differs is the run; scales per token need no clusters",
-    "fe58d650e9": "the same with one scale; with one per token only what the L2 cache holds is dropped from it",
+    "fe58d650e9": "the same with one scale; with one per token, of much data nothing is dropped from the L2 cache",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]

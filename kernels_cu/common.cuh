@@ -260,7 +260,7 @@ __device__ __forceinline__ float warp_max(float magnitude) {
     return __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(magnitude)));
 }
 
-// The largest of the block's magnitudes, in every thread. At most 1024 threads, all of which call it.
+// The largest of what each warp has, in every thread of the block. At most 1024 threads, all of which call it.
 __device__ __forceinline__ float max_of_warps(float of_warp) {
     __shared__ float of_warps[LANES];
     if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = of_warp;
@@ -269,6 +269,7 @@ __device__ __forceinline__ float max_of_warps(float of_warp) {
     return warp_max(lane < int(blockDim.x / LANES) ? of_warps[lane] : 0.0f);
 }
 
+// The same of what each thread has.
 __device__ __forceinline__ float block_max(float magnitude) { return max_of_warps(warp_max(magnitude)); }
 
 // The maximum of a tensor is found in two steps: each block of one kernel leaves its own maximum, and each warp of the next
