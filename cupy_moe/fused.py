@@ -57,13 +57,16 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
         return Experts._of(checked, backend, None)
     place = checked.device, checked.library.stream(checked.device)
     key = (place, backend, checked.without_arrays())
+    capturing = arrays.is_capturing(checked.library, checked.device)
     with _layers_lock:
-        if key not in _layers and arrays.is_capturing(checked.library, checked.device):
+        if capturing and key not in _layers:
             # Captures run on streams of their own: what the calls before the capture made is what this graph takes.
             key = next((other for other in _layers if other[1:] == key[1:] and other[0][0] == place[0]), key)
         experts = _layers.get(key)
         if experts is not None:
             _layers.move_to_end(key)
+            if capturing:  # not only once it is called: another thread may let it go before
+                experts._captured = True
             return experts
         experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
         if experts.backend == "reference" or experts._layer.copies:

@@ -18,7 +18,7 @@ ADDRESS = 1 << 20
 MAPS = Maps(*range(ADDRESS, ADDRESS + 5))
 # From one vector per thread up to the most, with few rows and with many.
 ROWS_TO_SCAN = (
-    (1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 28672), (5000, 65536),
+    (1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 28672), (5000, 131072),
 )  # fmt: skip
 
 

@@ -154,13 +154,27 @@ def test_huge_token_per_token(value, seed):
 
 @pytest.mark.parametrize("per_row", ["(E,)", "(E, n)"])
 @pytest.mark.parametrize("bias", [None, "float32"])
-def test_huge_scale(per_row, bias, seed):
-    """All codes in front of GEMM 2 are zero; their scale times what 1 in its product stands for would overflow."""
-    layer, hidden, *call = make_small(seed, dtype="float32", kinds=("(E, n)", per_row), bias=bias)
+@pytest.mark.parametrize("name", ["a1_scale", "a2_scale"])
+def test_huge_scale(name, per_row, bias, seed):
+    """All codes in front of a GEMM are zero; their scale times what 1 in its product stands for would overflow."""
+    layer, hidden, *call = make_small(seed, dtype="float32", hidden=256, kinds=(per_row, per_row), bias=bias)
     for scale in (1e36, cupy.asarray([1e36], np.float32)):
-        got, want = check_layer({**layer, "a2_scale": scale}, hidden, *call)
+        got, want = check_layer({**layer, name: scale}, hidden, *call)
         assert bool(want.any()) == (bias is not None)
         assert np.isfinite(got.get()).all()
+
+
+@pytest.mark.parametrize("kinds", [("(E,)", "(E,)"), ("(E, n)", "(E, n)")])
+@pytest.mark.parametrize("activation", ["silu", "gelu_no_mul"])
+def test_huge_token_per_tensor(activation, kinds, seed):
+    """Beside it the codes of all other tokens are zero, whatever becomes of its own."""
+    layer, hidden, *call = make_small(
+        seed, dtype="float32", hidden=256, kinds=kinds, activation=activation, bias="float32", a2_scale=0.02
+    )
+    got, want = run_layer(layer, with_value(hidden, 3e38), *call)
+    got, want = (np.delete(x.get(), BAD, axis=0) for x in (got, want))
+    assert want.any()
+    assert np.linalg.norm(got - want) <= LAYER_LIMIT * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("mode", ["tensor", "token"])
@@ -169,7 +183,7 @@ def test_huge_scale(per_row, bias, seed):
 def test_weights_that_overflow(weights, tokens, mode, seed):
     """What they make infinite is not the maximum: that is the largest finite product of an element and a weight."""
     layer, hidden, topk_weights, ids = make_small(
-        seed, tokens=tokens, topk=2, dtype="float32", apply_router_weight_on_input=True, **MODES[mode]
+        seed, tokens=tokens, topk=2, hidden=256, dtype="float32", apply_router_weight_on_input=True, **MODES[mode]
     )
     hidden[1] *= np.float32(10.0)
     hidden[1, 5] = np.float32(3e38)

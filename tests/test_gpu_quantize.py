@@ -24,7 +24,7 @@ from gpu_cases import (
 import cupy_moe
 from cupy_moe import compiler, dispatch, e4m3, reference
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS
+from cupy_moe.grids import MANY_ROWS, MAX_ROW_THREADS, MOST_COLUMNS_HELD
 from cupy_moe.launches import PARTIALS, Maps, Matrix, RowScale, Tables
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_quantize(shape, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_widest_rows(dtype, seed):
-    x = normal(seed, (2, 65536), dtype)
+    x = normal(seed, (2, MOST_COLUMNS_HELD), dtype)
     check_quantize(x, per_token=True)
     check_quantize(x[:, 1:], per_token=True)
 
@@ -226,7 +226,7 @@ def test_activation_bias(bias, cols, seed):
 
 
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "gelu_no_mul"])
-@pytest.mark.parametrize("cols", [9000, 16384, 28672, 32768, 32765, 50008])
+@pytest.mark.parametrize("cols", [9000, 16384, 28672, 32768, 32765, 50008, MOST_COLUMNS_HELD])
 @pytest.mark.parametrize("multiprocessors", [2, 3])
 def test_activation_wide_rows(activation, cols, multiprocessors, seed, monkeypatch):
     """More rows than multiprocessors, so that two blocks share one, or as many."""
