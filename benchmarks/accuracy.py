@@ -17,14 +17,14 @@ def gemm_accuracy(records: list[dict[str, Any]]) -> list[str]:
     found = {
         (record["K"], record["result"], record["fast_accumulation"]): record["err"]
         for record in records if record["kind"] == "gemm"
-    }  # fmt: skip
+    }
     columns = [(result, fast) for fast in (False, True) for result in ("float32", "float16")]
     titles = [f"{result}, {'fast' if fast else 'float32'} accumulation" for result, fast in columns]
     lines = [
         "Relative Frobenius error of the grouped GEMM against float64, the largest of the algorithms that the library "
         "proposes. The backend `cublaslt` uses float32 accumulation.",
         "", f"| K | {' | '.join(titles)} |", "| --: |" + " --: |" * len(titles),
-    ]  # fmt: skip
+    ]
     for k in dict.fromkeys(key[0] for key in found):
         errors = [found[(k, *column)] for column in columns]
         texts = ["not offered" if error is None else f"{error:.1e}" for error in errors]
@@ -42,7 +42,7 @@ def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
     blame = (
         f" In those of noise, the largest single flip makes up {median(shares):.0%} of the squared deviation of what "
         f"GEMM 2 multiplies in the median, and {min(shares):.0%} at least."
-    ) if shares else ""  # fmt: skip
+    ) if shares else ""
     titles = ("routing", "a1_scale", "median", "max", f"above {limit}", "all draws")
     lines = [
         f"Relative Frobenius error of the layer with `cublaslt`, float32 out, over {first['draws']} draws of each "
@@ -52,7 +52,7 @@ def layer_accuracy(records: list[dict[str, Any]]) -> list[str]:
         "of the noise: flipped codes per draw, and how many codes there are.",
         "", f"| E, topk, K, N | M | scales per | {' | '.join(titles)} | flips | codes |",
         "| --- | --: | --- | --- | --- |" + " --: |" * 6,
-    ]  # fmt: skip
+    ]
     for ours, noisy in zip(measured, simulated, strict=True):
         errors = [f"{ours[name]:.1e} ({noisy[name]:.1e})" for name in ("median", "max", "above", "pooled")]
         errors[2] = f"{ours['above']:.1%} ({noisy['above']:.1%})"

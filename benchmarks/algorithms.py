@@ -82,7 +82,7 @@ def time_gemm(context: cublaslt.Context, shape: cases.Shape, n: int, k: int) -> 
         records.append({
             "gemm": [experts, n, k], "M": tokens, "rows_per_expert": tokens * topk / experts,
             "algorithms": [{"tile": tile, "option": option, "us": us} for (tile, option), us in ranked],
-        })  # fmt: skip
+        })
     return records
 
 

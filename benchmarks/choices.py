@@ -46,7 +46,7 @@ class Layers:
                 w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=choice.scheme == "token",
                 backend=backend, workspace=workspace, **choice.options(chosen),
             ) for chosen in (False, True)
-        ]  # fmt: skip
+        ]
 
     def measure(self, shape: cases.Shape, inputs: cases.Inputs, rates: dict[str, float]) -> list[dict[str, Any]]:
         """One record for each; ValueError if a result is wrong."""
@@ -70,7 +70,7 @@ class Layers:
             "impl": "cupy_moe", "shape": list(shape), "M": M, "scheme": self.choice.scheme, "routing": inputs.routing,
             "mode": "graph", "l2": "warm", "same_bits": same,
             "floor_us": cases.floor_us(shape, M, active, rates["read_bytes_s"], rates["fp8_flop_s"]),
-        }  # fmt: skip
+        }
         return [
             {**common, self.choice.name: chosen, "backend": experts.backend, "err": error, **asdict(timed)}
             for chosen, experts, error, timed in zip((False, True), self.experts, errors, times, strict=True)

@@ -36,7 +36,7 @@ METRICS = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
 OPTIONS = (
     "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv", "--page", "raw",
     "--print-units", "base", "--metrics", ",".join(METRICS),
-)  # fmt: skip
+)
 FLOP_PER_CYCLE = 8192
 """Of a multiprocessor of compute capability 9.0, fp8 without sparsity: 1979 TFLOP/s are 132 of them at 1830 MHz."""
 
@@ -132,7 +132,7 @@ def record_of(
         "impl": "cupy_moe", "backend": "sm90", "scheme": "tensor", "mode": "eager", "l2": "warm", **cell,
         "floor_us": cases.floor_us(cell["shape"], M, cell["active"], rates["read_bytes_s"], rates["fp8_flop_s"]),
         **sums, "gemm1": rates_of(first, 2 * operations, processors), "gemm2": rates_of(second, operations, processors),
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -103,7 +103,7 @@ def make_layer(cell: Cell, xp: Any) -> dict[str, Any]:
         scales.append(xp.asarray((rng.uniform(0.8, 1.2, size) / (CODE_STD * fan_in**0.5)).astype(np.float32)))
     return {
         "w1": w1, "w2": w2, "w1_scale": scales[0], "w2_scale": scales[1], "per_act_token": cell.scheme == "token",
-    }  # fmt: skip
+    }
 
 
 def make_draw(cell: Cell, seed: int, xp: Any) -> Draw:
@@ -152,12 +152,12 @@ class Steps:
         codes, scale = reference.activation_quantize(
             product, per_token=layer["per_act_token"], x_scale=self.q1_scale, w_scale=layer["w1_scale"],
             row_experts=experts,
-        )  # fmt: skip
+        )
         second = reference.grouped_gemm_fp8(codes, layer["w2"], self.routing.expert_offsets, out_dtype=np.float32)
         result = reference.combine(
             second, self.routing.src2dst_map, topk_weights=self.draw.topk_weights, x_scale=scale,
             w_scale=layer["w2_scale"], row_experts=experts, out_dtype=np.float32,
-        )  # fmt: skip
+        )
         return Outcome(e4m3.as_codes(codes), scale, result)
 
     def distinct_rows(self) -> tuple[Any, Any]:
@@ -211,7 +211,7 @@ def statistics(distances: list[tuple[float, float]], limit: float = LIMIT) -> di
     return {
         "median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9)), "max": float(errors.max()),
         "above": float((errors > limit).mean()), "pooled": float(((difference**2).sum() / (norm**2).sum()) ** 0.5),
-    }  # fmt: skip
+    }
 
 
 def flip_statistics(flips: list[tuple[int, float]], distances: list[tuple[float, float]]) -> dict[str, Any]:

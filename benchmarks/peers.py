@@ -181,7 +181,7 @@ class VllmLayer:
         torch.ops._moe_C.moe_permute(
             codes, topk_ids.to(torch.int32), token_expert_indices, None, self._experts, self._experts, topk,
             permuted, offsets, inverse, permuted_idx,
-        )  # fmt: skip
+        )
         if scale.dim() > 1:
             scale = scale[permuted_idx.clamp(max=rows - 1) // topk]
         return scale, offsets, inverse.flatten()
@@ -220,13 +220,13 @@ class VllmLayer:
         torch.ops._C.cutlass_moe_mm(
             product1, permuted, self._w1, scale, self._w1_scale, offsets[:-1], sizes1,
             self._ab_strides1, self._ab_strides1, self._c_strides1, by_row, by_row,
-        )  # fmt: skip
+        )
         torch.ops._C.silu_and_mul(activated, product1)
         scale = self._quantize(activated, activated_codes)
         torch.ops._C.cutlass_moe_mm(
             product2, activated_codes, self._w2, scale, self._w2_scale, offsets[:-1], sizes2,
             self._ab_strides2, self._ab_strides2, self._c_strides2, by_row, by_row,
-        )  # fmt: skip
+        )
         result = torch.empty_like(hidden_states) if out is None else out
         torch.ops._moe_C.moe_unpermute(product2, topk_weights, inverse, offsets, self.topk, result)
         return result

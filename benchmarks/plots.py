@@ -23,17 +23,17 @@ IMAGES = ROOT / "docs" / "images"
 # The colours of Okabe and Ito, which differ for colour-blind readers too.
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555",
-)  # fmt: skip
+)
 LINES = {"cupy_moe": (BLUE, "o", "cupy_moe"), "vllm": (ORANGE, "s", "vLLM")}
 OTHERS = ((GREEN, "^"), (PURPLE, "v"), (SKY, "D"))
 """Further backends of cupy_moe."""
 PARTS = {
     "gemm1": BLUE, "gemm2": SKY, "activation": YELLOW, "quantize": ORANGE, "route": PURPLE, "combine": GREEN,
-}  # fmt: skip
+}
 STYLE = {
     "font.size": 9.0, "axes.titlesize": 9.0, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "figure.constrained_layout.use": True,
-}  # fmt: skip
+}
 
 
 def _named(shape: tuple[int, ...]) -> str:

@@ -24,7 +24,7 @@ def kept_busy() -> list[str]:
     times = [
         f"{dense(of['fp8_flop_s'])} {when} all calls ({of['sm_mhz']:.0f} MHz, {of['watts']:.0f} W)"
         for when, of in header["dense"].items()
-    ]  # fmt: skip
+    ]
     return [
         "## When the device is kept busy", "",
         f"{header['device']}. Each call is replayed for {header['seconds']} s. Scales per tensor, uniform routing, "
@@ -34,7 +34,7 @@ def kept_busy() -> list[str]:
         f"counter, which is coarse for so short a time{spread}. The dense product that the floor is made with reaches "
         f"{dense(header['rates']['fp8_flop_s'])} in a few milliseconds, and kept busy {' and '.join(times)}.", "",
         *sustained_table(cells(SUSTAINED)), "",
-    ]  # fmt: skip
+    ]
 
 
 def sustained_table(of: Cells) -> list[str]:
@@ -48,7 +48,7 @@ def sustained_table(of: Cells) -> list[str]:
         rows.append([
             named(key[:4]), str(tokens), f"{ours['us']:.1f}", *beside, f"{rate:.0f}", f"{ours['sm_mhz']:.0f}",
             f"{ours['watts']:.0f}", f"{ours['power_capped']:.0%}",
-        ])  # fmt: skip
+        ])
     titles = ["E, topk, K, N", "M", "cupy_moe us", "vLLM / cupy_moe", "energy, vLLM / cupy_moe", "TFLOP/s", "MHz", "W"]
     return table([*titles, "at the power limit"], rows)
 
@@ -66,7 +66,7 @@ def clocks() -> list[str]:
         f"could do at that clock. The highest clock is {content['header']['clocks']['clocks.max.sm']}. The dense "
         f"product runs at {dense['sm_mhz']:.0f} MHz, {dense['flop_s'] / 1e12:.0f} TFLOP/s, {dense['tensor_busy']:.0%} "
         "busy.", "", *clocks_table(content["records"]), "",
-    ]  # fmt: skip
+    ]
 
 
 def clocks_table(records: list[dict[str, Any]]) -> list[str]:
@@ -77,7 +77,7 @@ def clocks_table(records: list[dict[str, Any]]) -> list[str]:
         values = (
             (f"{of['us']:.0f}", f"{of['flop_s'] / 1e12:.0f}", f"{of['sm_mhz']:.0f}", f"{of['tensor_busy']:.0%}")
             for of in both
-        )  # fmt: skip
+        )
         rows.append([named(record["shape"]), str(record["M"]), *(text for of in values for text in of)])
     titles = [f"GEMM {gemm}: {what}" for gemm in (1, 2) for what in ("us", "TFLOP/s", "MHz", "busy")]
     return table(["E, topk, K, N", "M", *titles], rows)

@@ -65,7 +65,7 @@ def measure_gemm(
     return {
         "kind": "gemm", "K": k, "result": result, "fast_accumulation": fast, "err": max(errors, default=None),
         "err_least": min(errors, default=None), "algorithms": found,
-    }  # fmt: skip
+    }
 
 
 def measure_cell(cell: flips.Cell, draws: int, noise: float) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def save(out: str | None, header: dict[str, Any], records: list[dict[str, Any]],
 def make_header(
     module: str, arguments: list[str], *, out: str | None = None, commit: str | None = None,
     vllm_ops: str | None = None, vllm_version: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Device, versions, commit, command, clocks as found, and the device's rates measured now."""
     import torch  # here, since what only writes a file does without
 

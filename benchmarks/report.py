@@ -7,6 +7,7 @@ need matplotlib, the text does not. What has not been measured is left out.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from statistics import median
 from typing import Any
@@ -115,7 +116,7 @@ def section() -> str:
         "at its dense fp8 rate, both measured in the same run, plus reading and writing the activations. All cells, "
         "versions and commands are in [benchmarks/results](benchmarks/results); "
         "[docs/performance.md](docs/performance.md) says how they were measured and where the time goes.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -165,7 +166,7 @@ def details() -> str:
         f"{device_of(TABLE)}, scales per tensor, uniform routing, CUDA graph, warm L2 cache. The columns named after "
         "another kind have vLLM / cupy_moe of that kind.", "",
         "![Speed relative to vLLM, every cell](images/speedup.png)", "", *cells_table(TABLE, SKEWED), "",
-    ]  # fmt: skip
+    ]
     for title, name in (("Prefill", PREFILL), ("One layer with 1 to 16384 tokens", SWEEP)):
         if load(name)["records"]:
             lines += [f"## {title}", "", f"{device_of(name)}.", "", *cells_table(name), ""]
@@ -177,7 +178,7 @@ def details() -> str:
         "one launch does both; \"quantize\" is two kernels where one dynamic scale serves a tensor that is not small; "
         "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
-    ]  # fmt: skip
+    ]
     lines += [*power.kept_busy(), *power.clocks()]
     steps = load(STEPS)
     if steps["records"]:
@@ -200,14 +201,14 @@ def details() -> str:
             "percent of the rate of "
             f"a copy where the arrays are larger than the L2 cache. In the same run a copy reaches {copy:.2f} TB/s, "
             f"reading alone {read:.2f} and writing alone {write:.2f}." + notes, "", *steps_table(), "",
-        ]  # fmt: skip
+        ]
     beside = cells(BACKENDS)
     if beside:
         lines += [
             "## The backends beside one another", "",
             f"{device_of(BACKENDS)}, scales per tensor, uniform routing, CUDA graph, warm L2 cache, {len(beside)} "
             "cells: those of the first two tables. The mean is the geometric one.", "", *backends_table(beside), "",
-        ]  # fmt: skip
+        ]
     cost = choice(load(INVARIANCE)["records"], "batch_invariant")
     if cost:
         kind = f"{device_of(INVARIANCE)}, scales per token, uniform routing, CUDA graph, warm L2 cache, in turns."
@@ -232,7 +233,7 @@ def early() -> list[str]:
     rows = [
         [named(shape), *(f"{1 - ratios[(*shape, M)]:.1%}" for M in tokens)]
         for shape in dict.fromkeys(key[:-1] for key in ratios)
-    ]  # fmt: skip
+    ]
     return [
         "## Weights asked for early", "",
         "Both GEMMs of `sm90` ask for the weights of their first stages before the kernel in front of them is done. "
@@ -240,7 +241,7 @@ def early() -> list[str]:
         "GEMMs that wait. "
         f"{choice(records, 'early_weights')} What it saves of the time without it:", "",
         *table(["E, topk, K, N", *(f"M = {M}" for M in tokens)], rows), "",
-    ]  # fmt: skip
+    ]
 
 
 def history() -> list[str]:
@@ -254,7 +255,7 @@ def history() -> list[str]:
         "vLLM / cupy_moe, of the 45 cells with warm and with cold L2 cache and of the 25 of prefill. Each line is a "
         "run of its own, with the floor and vLLM measured in it; what came in between was not measured alone.", "",
         *history_table(records), "",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
@@ -275,4 +276,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()  # for --help
     sys.exit(main())

@@ -76,7 +76,7 @@ class Case:
         return scale, partials, {
             "scale": RowScale(value=float(scale)) if scheme == "static" else launches.UNSCALED,
             "partials": partials.data_ptr(), "scale_out": 0 if scheme == "static" else scale.data_ptr(),
-        }  # fmt: skip
+        }
 
     def rounded(self, x: torch.Tensor, scheme: str) -> torch.Tensor:
         """``x`` as codes and scales of a scheme hold it."""
@@ -97,7 +97,7 @@ def route(case: Case, scheme: str) -> Step:
             case.ids.data_ptr(), "int32", case.topk, case.experts, Maps(*(x.data_ptr() for x in made)),
             scratch=scratch.data_ptr(),
         ),
-    )  # fmt: skip
+    )
 
     def want() -> torch.Tensor:
         return torch.argsort(torch.argsort(case.ids.flatten(), stable=True)).float()
@@ -117,7 +117,7 @@ def quantize(case: Case, scheme: str) -> Step:
     steps = dispatch.quantize(
         DEVICE, scheme.upper(), matrix(x), case.tokens, case.hidden, matrix(codes), case.hidden, topk=case.topk,
         src2dst=src2dst.data_ptr(), row_experts=owners.data_ptr(), **told,
-    )  # fmt: skip
+    )
 
     def want() -> torch.Tensor:
         return case.rounded(x[case.routing.dst2src_map.long()], scheme)
@@ -148,7 +148,7 @@ def requantize(case: Case, scheme: str) -> Step:
         steps = [launches.requantize(
             DEVICE, scheme.upper(), Matrix(words.data_ptr(), case.inner, launches.PACKED), case.rows, spans.data_ptr(),
             case.experts, matrix(codes), partials=told["partials"], scale_out=told["scale_out"],
-        )]  # fmt: skip
+        )]
         read: Arrays = (words, spans)
     else:
         x = case.normal(case.rows, case.inner, dtype=torch.float32)
@@ -156,7 +156,7 @@ def requantize(case: Case, scheme: str) -> Step:
         steps = dispatch.quantize(
             DEVICE, scheme.upper(), matrix(words), case.rows, case.inner, matrix(codes), case.inner,
             row_experts=owners.data_ptr(), fresh=True, **told,
-        )  # fmt: skip
+        )
         read = (words, owners)
     partials.zero_()[0] = x.abs().amax()  # what the GEMM leaves too
     if scheme == "tensor":
@@ -186,7 +186,7 @@ def activation(case: Case, scheme: str) -> Step:
     steps = launches.activation_quantize(
         DEVICE, scheme.upper(), "silu", True, matrix(product), case.rows, case.inner, case.inner, matrix(codes),
         case.inner, row_experts=owners.data_ptr(), **scales, **told,
-    )  # fmt: skip
+    )
 
     def want() -> torch.Tensor:
         return case.rounded(silu_and_mul(product.float().mul_(per_row[:, None]).mul_(weight[case.owners])), scheme)
@@ -203,7 +203,7 @@ def combine(case: Case, scheme: str) -> Step:
     step = launches.combine(
         DEVICE, matrix(product), case.rows, case.tokens, case.topk, case.hidden, matrix(out),
         src2dst=src2dst.data_ptr(), row_experts=owners.data_ptr(), topk_weights=case.topk_weights.data_ptr(), **scales,
-    )  # fmt: skip
+    )
 
     def want() -> torch.Tensor:
         scaled = product.float().mul_(per_row[:, None]).mul_(weight[case.owners])

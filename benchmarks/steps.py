@@ -83,7 +83,7 @@ def copy_rate(nbytes: int, overlap: bool) -> float:
     """Bytes/s of a copy that reads and writes ``nbytes`` together, on one pair of arrays after the other."""
     words = nbytes // 32
     pairs = [torch.empty((2, words, 2), dtype=torch.int64, device="cuda").random_()
-             for _ in range(sets_of(nbytes, timing.l2_bytes())[0])]  # fmt: skip
+             for _ in range(sets_of(nbytes, timing.l2_bytes())[0])]
     fastest = min(time_in_turn([_copy(pair, per_thread, overlap) for pair in pairs]).us for per_thread in COPY_WORDS)
     return 2 * pairs[0][0].nbytes / (fastest * 1e-6)
 
@@ -94,7 +94,7 @@ def _copy(pair: torch.Tensor, words_per_thread: int, overlap: bool) -> Launch:
     launch = Launch(
         copy_kernel(), (-(-words // (COPY_THREADS * words_per_thread)), 1), COPY_THREADS,
         data=source.data_ptr(), count=words, out=target.data_ptr(),
-    )  # fmt: skip
+    )
     return launch.overlapping() if overlap else launch
 
 
@@ -133,7 +133,7 @@ def measure(build: Build, case: Case, scheme: str, rates: dict[str, float]) -> l
             "floor_us": 1e6 * (read / rates["read_bytes_s"] + written / rates["write_bytes_s"]), "err": error,
             "bytes_read": read, "bytes_written": written, "bytes_s": moved_s,
             "of_copy": moved_s / rates["copy_bytes_s"], **alike,
-        })  # fmt: skip
+        })
     return records
 
 
@@ -149,7 +149,7 @@ def main() -> int:
             common = {
                 "device": header["device"], "impl": "cupy_moe", "backend": "kernels_cu", "shape": list(shape),
                 "M": tokens, "routing": "uniform",
-            }  # fmt: skip
+            }
             for build, schemes in STEPS:
                 for scheme in schemes:
                     for record in measure(build, case, scheme, header["rates"]):
@@ -160,7 +160,7 @@ def main() -> int:
                             f"{shape} M {tokens:5} {build.__name__:12} {record['kernel']:19} {scheme:6} {record['l2']} "
                             f"{record['us']:8.2f} us {record['bytes_s'] / 1e9:7.0f} GB/s {record['of_copy']:5.2f} of a "
                             f"copy, error {record['err']:.1e}{'' if right else ' IS TOO LARGE'}", flush=True,
-                        )  # fmt: skip
+                        )
                     torch.cuda.empty_cache()
     save(options.out, header, records)
     return int(failed)

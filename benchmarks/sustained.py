@@ -97,7 +97,7 @@ def dense_rate(meter: Meter) -> dict[str, float]:
 def measure(
     header: dict[str, Any], meter: Meter, shape: cases.Shape, inputs: cases.Inputs, impl: str, bound: Bound,
     check: Check,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The record of one implementation in one cell; ValueError if its result is wrong."""
     graph, result = timing.capture(bound.call)
     error, _ = check(bound.output(result))
@@ -109,7 +109,7 @@ def measure(
         "scheme": inputs.weights.scheme, "routing": inputs.routing, "mode": "graph", "l2": "warm", "err": error,
         "floor_us": cases.floor_us(shape, M, active, rates["read_bytes_s"], rates["fp8_flop_s"]),
         **keep_busy(graph.replay, meter),
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     header = make_header(
         "benchmarks.sustained", options.arguments, out=options.out, commit=options.commit,
         vllm_ops=options.vllm_ops, vllm_version=options.vllm_version,
-    )  # fmt: skip
+    )
     meter = Meter()
     header |= {"power_limit_watts": meter.limit_watts, "seconds": SECONDS, "dense": {"before": dense_rate(meter)}}
     records: list[dict[str, Any]] = []

@@ -48,7 +48,7 @@ def _bind_cupy_moe(w: cases.Weights, topk: int, options: argparse.Namespace, bac
     experts = cupy_moe.Experts(
         w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=w.scheme == "token",
         backend=None if backend == "auto" else backend,
-    )  # fmt: skip
+    )
 
     def bind(x: cases.Inputs) -> Bound:
         def call() -> Any:
@@ -93,7 +93,7 @@ class Run:
         self.header = make_header(
             "benchmarks.table", options.arguments, out=options.out, commit=options.commit,
             vllm_ops=options.vllm_ops, vllm_version=options.vllm_version,
-        )  # fmt: skip
+        )
         self.records: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.eager: list[tuple[Callable[[], object], list[dict[str, Any]]]] = []
@@ -258,12 +258,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backends", type=lambda text: text.split(","), default="auto",
         help="names of cupy_moe.backends(), or auto: the one that a call without a name takes",
-    )  # fmt: skip
+    )
     parser.add_argument("--schemes", type=_choices(cases.SCHEMES), default="tensor")
     parser.add_argument(
         "--routing", type=_choices(cases.ROUTINGS), default="uniform",
         help="those behind the first are measured in the first of --modes and --l2 alone",
-    )  # fmt: skip
+    )
     parser.add_argument("--l2", type=_choices(("warm", "cold")), default="warm")
     parser.add_argument("--modes", type=_choices(("graph", "eager")), default="graph")
     options = parser.parse_args(arguments)

@@ -76,7 +76,7 @@ def history_table(records: list[dict[str, Any]]) -> list[str]:
     rows = [
         [f"`{record['commit'][:10]}`", record["device"], record["step"], *(text(record.get(kind)) for kind in kinds)]
         for record in records
-    ]  # fmt: skip
+    ]
     return table(["commit", "device", "with", *kinds], rows, texts=3)
 
 

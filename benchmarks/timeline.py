@@ -26,7 +26,7 @@ CALLS, TOKENS = 20, (1, 64, 512, 4096)
 PARTS = {
     "route": "route", "amax_tokens": "quantize", "quantize_shuffle": "quantize", "amax_rows": "activation",
     "activation_quantize": "activation", "requantize": "activation", "combine": "combine",
-}  # fmt: skip
+}
 """Part of each kernel of ours, by the start of its name; all others belong to the GEMM that is due."""
 
 
@@ -50,7 +50,7 @@ def summed_up(calls: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "us": statistics.median(sums), "us_min": min(sums), "us_max": max(sums),
         "parts": {part: statistics.median(parts[part] for parts in calls) for part in calls[0]},
-    }  # fmt: skip
+    }
 
 
 def measure(experts: Any, inputs: cases.Inputs) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def main() -> int:
             experts = cupy_moe.Experts(
                 w.w1, w.w2, w1_scale=w.w1_scale, w2_scale=w.w2_scale, per_act_token=scheme == "token",
                 backend=options.backend,
-            )  # fmt: skip
+            )
             for tokens in TOKENS:
                 inputs = cases.make_inputs(shape, tokens, scheme, weights=w)
                 rates, active = header["rates"], cases.active_experts(inputs.topk_ids)
@@ -101,7 +101,7 @@ def main() -> int:
                     "M": tokens, "scheme": scheme, "routing": "uniform", "mode": "eager", "l2": "warm",
                     "floor_us": cases.floor_us(shape, tokens, active, rates["read_bytes_s"], rates["fp8_flop_s"]),
                     **record,
-                })  # fmt: skip
+                })
                 text = ", ".join(f"{part} {us:.1f}" for part, us in record["parts"].items())
                 print(*shape, "M", tokens, scheme, text, f"error {record['err']:.1e}", flush=True)
     save(options.out, header, records)

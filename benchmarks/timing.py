@@ -125,7 +125,7 @@ def time_in_turns(calls: Sequence[Callable[[], object]], *, replays: int = REPLA
     """Graph replays of each call, a round of one after a round of another: a change of clocks meets all of them."""
     rounds = [
         [time_warm(call, hold=True, rounds=1, replays=replays).us for call in calls] for _ in range(ROUNDS)
-    ]  # fmt: skip
+    ]
     return [_summary(list(times)) for times in zip(*rounds, strict=True)]
 
 

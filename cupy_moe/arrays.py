@@ -162,7 +162,14 @@ class _TorchLibrary:
         dtype = self._names.get(x.dtype) or str(x.dtype).removeprefix("torch.")
         if device.type not in ("cpu", "cuda"):
             raise TypeError(f"torch tensors on 'cpu' or 'cuda' are allowed; got one on {str(device)!r}")
-        return Array(x.data_ptr(), tuple(x.shape), x.stride(), dtype, device.index if x.is_cuda else CPU)
+        pointer = x.data_ptr()
+        if not pointer and x.numel():  # for the kernels, address 0 is an argument that was not given
+            kind = type(x).__name__
+            raise TypeError(
+                f"a {kind} without memory of its own (.to_local() of a DTensor, .wait() of an AsyncCollectiveTensor; "
+                "inside torch.compile, a custom operator as in examples/torch_layer.py)"
+            )
+        return Array(pointer, tuple(x.shape), x.stride(), dtype, device.index if x.is_cuda else CPU)
 
     def pointer(self, x: Any) -> int:
         return int(x.data_ptr())

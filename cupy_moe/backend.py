@@ -22,6 +22,7 @@ VARIES = {
 }
 """Backends in which a row's product may depend on the other rows, and why; the others qualify for batch_invariant."""
 
+WITH_EXTRA = "install this package with its extra cu13, as the README says"
 NVRTC_NEEDED = {"sm90": (12, 9), "mma": (12, 4)}
 """For sm_90a through CuPy, and for mma.sync with e4m3."""
 
@@ -33,7 +34,18 @@ def backends(device: int | None = None) -> dict[str, str]:
     ----------
     device
         CUDA device number; None is CuPy's current one.
+
+    Returns
+    -------
+    dict of str to str
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``device`` is no such number.
     """
+    if device is not None:
+        device = checks.count("device", device, 0)
     return {name: _status(name, device) for name in NAMES}
 
 
@@ -108,8 +120,8 @@ def _device_problem(device: int | None) -> tuple[int, str | None]:
         import cupy
     except ImportError as error:
         # Beside torch without the extra: it has another cuBLAS than the one that torch pins.
-        what = "cupy-cuda13x" if "torch" in sys.modules else "'cupy-moe[cu13]'"
-        return -1, f"CuPy cannot be imported ({error}); pip install {what}"
+        how = "pip install cupy-cuda13x" if "torch" in sys.modules else WITH_EXTRA
+        return -1, f"CuPy cannot be imported ({error}); {how}"
     try:
         device = cupy.cuda.runtime.getDevice() if device is None else device
         capability_of(device)
@@ -131,7 +143,7 @@ def _own_problem(name: str, device: int | None) -> str | None:
         return f"its kernels are for compute capability {where}; cuda:{device} has {capability[0]}.{capability[1]}"
     if version < needed:
         least, came = (".".join(map(str, v)) for v in (needed, version))
-        return f"its kernels need NVRTC {least} or later; CuPy uses {came}; pip install 'cupy-moe[cu13]'"
+        return f"its kernels need NVRTC {least} or later; CuPy uses {came}; {WITH_EXTRA}"
     return None
 
 

@@ -18,6 +18,8 @@ INDICES = ("int32", "int64")
 
 Shape = tuple[int | str, ...]
 """A shape to match: sizes, or the names of sizes that may be anything."""
+ONE: tuple[Shape, ...] = ((), (1,), (1, 1))
+"""Shapes of one scale for all."""
 
 
 def library_of(name: str, x: Any) -> Library:
@@ -44,7 +46,7 @@ def describe(name: str, x: Any, library: Library, device: int) -> Array:
         raise TypeError(f"{name}: expected a {library.name} array like the other arguments; got {came}")
     array = info(name, x, library)
     if array.device != device:
-        raise TypeError(f"{name}: expected an array on {_place(device)}; got one on {_place(array.device)}")
+        raise TypeError(f"{name}: expected an array on {place(device)}; got one on {place(array.device)}")
     return array
 
 
@@ -57,7 +59,8 @@ def expect(
     """
     dtypes = tuple(dtypes)
     if array.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(dtypes)}; got {array.dtype}")
+        how = " (quantize_fp8 makes codes and their scales)" if dtypes == FP8 else ""
+        raise TypeError(f"{name}: expected {' or '.join(dtypes)}; got {array.dtype}{how}")
     if not any(_matches(array.shape, shape) for shape in shapes):
         allowed = " or ".join(_text(shape) for shape in shapes)
         raise ValueError(f"{name}: expected shape {allowed}{since}; got {_text(array.shape)}")
@@ -124,7 +127,7 @@ def number(name: str, x: Any) -> float | None:
     if arrays.library_of(x) is not None:
         return None
     if isinstance(x, bool) or not isinstance(x, Real):
-        raise TypeError(f"{name}: expected a number or an array; got {x!r}")
+        raise TypeError(f"{name}: expected a number or an array; got {x!r}, {type(x).__name__}")
     if not 2.0**-126 <= float(x) <= 2.0**126:  # as a float32, it and its reciprocal are normal numbers
         raise ValueError(f"{name}: expected a positive scale, from 2**-126 to 2**126; got {x!r}")
     return float(x)
@@ -154,5 +157,6 @@ def _text(shape: Shape) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
-def _place(device: int) -> str:
+def place(device: int) -> str:
+    """What a device is called in messages."""
     return "the CPU" if device == arrays.CPU else f"cuda:{device}"

@@ -176,7 +176,7 @@ class GroupedMatmul:
     def __init__(
         self, context: Context, groups: int, n: int, k: int, counts: int, result: str = "float16", *,
         fast_accumulation: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.context = context
         self._made: list[tuple[str, ctypes.c_void_p]] = []  # to be destroyed: by which function, and what
         self.groups, self.n, self.k = groups, n, k

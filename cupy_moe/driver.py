@@ -19,6 +19,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _TENSOR_MAP_UINT8, _TENSOR_MAP_SWIZZLE_128B, _TENSOR_MAP_L2_PROMOTION_128B = 0, 3, 2
 CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+_PER_THREAD_STREAM = 2  # the handle cudaStreamPerThread
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
 
@@ -193,6 +194,11 @@ def tensor_map(
     )
     check(result, f"tensor map of {sizes} at {pointer:#x}")
     return tuple((ctypes.c_int64 * 16).from_address(start))
+
+
+def stream_identity(stream: int) -> tuple[int, int]:
+    """What tells a stream from others: one handle stands for another stream in each thread."""
+    return stream, threading.get_ident() if stream == _PER_THREAD_STREAM else 0
 
 
 def is_capturing(stream: int) -> bool:

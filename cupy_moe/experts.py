@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from cupy_moe import arrays, checks, driver, reference, spec, tuning, validation
@@ -34,11 +34,14 @@ class Experts:
         (E, R, 1), and (E, K) or (E, K, 1).
     a1_scale, a2_scale
         Scales of the activations in front of each GEMM. None: dynamic. A number, or an array () or (1,): static. (E,):
-        static per expert. ``a1_scale`` of fp8 hidden states: one, or (M, 1).
+        static per expert. ``a1_scale`` of fp8 hidden states: one, or (M, 1). From 2**-126 to 2**126.
     per_act_token
         Dynamic scales per token instead of per tensor.
     activation
-        Gated: "silu", "gelu", "gelu_tanh", "swigluoai". Not gated: "silu_no_mul", "gelu_no_mul", "relu2_no_mul".
+        Gated, ``act(gate) * up``: "silu" ``x / (1 + exp(-x))``, "gelu" (with erf), "gelu_tanh" (its approximation, both
+        Hendrycks and Gimpel 2016), and "swigluoai" of gpt-oss, ``g / (1 + exp(-1.702 g)) * (u + 1)`` with g = min(gate,
+        7) and u = clip(up, -7, 7). Not gated: "silu_no_mul", "gelu_no_mul", "relu2_no_mul" ``max(x, 0)^2``
+        (So et al. 2021).
     w1_bias, w2_bias
         (E, R) and (E, K): float16, bfloat16 or float32.
     expert_map
@@ -57,7 +60,8 @@ class Experts:
         Scratch memory to share with other layers that run one after another on the same stream; None makes one. Calls
         on streams that may overlap need an `Experts` with a workspace of its own each.
     validate
-        Check the ids and hidden states of every call and raise ValueError; costs a device synchronisation.
+        Check ``expert_map`` once, and the ids and hidden states of every call, and raise ValueError; costs a device
+        synchronisation, so such calls cannot be captured.
 
     Raises
     ------
@@ -74,7 +78,9 @@ class Experts:
         backend: str | None = None, batch_invariant: bool = False, workspace: Workspace | None = None,
         validate: bool = False,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "backend", "workspace")}
+        options = locals().copy()
+        for name in ("self", "backend", "workspace"):
+            del options[name]
         self._setup(spec.layer_spec(**options), backend, workspace)
 
     @classmethod
@@ -94,12 +100,19 @@ class Experts:
         self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
         self._captured = False
+        if checked.validate and checked.expert_map:
+            validation.check_map(checked)
         if self._backend != "reference":
             with arrays.numeric_scope(checked.library, checked.device):
                 self._layer = Layer(checked, self._backend)
 
     def __reduce__(self) -> Any:
         raise TypeError("Experts can be neither copied nor pickled, since it holds addresses: make it from its weights")
+
+    def __repr__(self) -> str:
+        own = self._spec
+        sizes = f"E={own.num_experts}, K={own.hidden_size}, N={own.intermediate_size}"
+        return f"<Experts {sizes}, {own.activation}, {self._backend} on {checks.place(own.device)}>"
 
     @property
     def backend(self) -> str:
@@ -124,23 +137,27 @@ class Experts:
             (M, topk) float32; (M, topk) int32 or int64. An id that is negative, out of range or mapped to -1 adds
             nothing to the output.
         out
-            Where to write the result, (M, K); None allocates it with the caller's library.
+            Where to write the result, (M, K) with any distance between rows, ``hidden_states`` itself too; None
+            allocates it with the caller's library.
         a1_scale
-            Scale of fp8 hidden states: one, or (M, 1); None is that of the layer.
+            Scale of fp8 hidden states: a number, or float32 (), (1,), (1, 1) or (M, 1); None is that of the layer.
 
         Returns
         -------
-        array (M, K) of the kind of ``hidden_states``
+        array (M, K) of the kind of ``hidden_states`` and of ``out_dtype``
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a wrong argument: the message names it, what came and what is allowed.
+        RuntimeError
+            In a CUDA graph capture that waits for the device, by ``validate`` or the reference.
         """
         call = spec.describe_call(self._spec, hidden_states, topk_ids, topk_weights, out, a1_scale, padded=False)
-        if self._backend == "reference" or self._spec.validate:
-            spec.check_call(self._spec, call)
-        if self._spec.validate:
-            validation.check_tokens(self._spec, hidden_states, topk_ids)
-        if self._backend == "reference":
-            routing = {"topk_weights": topk_weights, "topk_ids": topk_ids}
-            return self._run_reference(reference.fused_experts, hidden_states, routing, call, out)
-        return self._run(call, out)
+        if self._backend != "reference" and not self._spec.validate:
+            return self._run(call, out)
+        arrays_of_call = {"hidden_states": hidden_states, "topk_weights": topk_weights, "topk_ids": topk_ids}
+        return self._run_slowly(call, out, validation.check_tokens, reference.fused_experts, arrays_of_call)
 
     def batched(self, hidden_states: Any, expert_num_tokens: Any, out: Any = None, *, a1_scale: Any = None) -> Any:
         """Run the layer on tokens that a dispatcher (PPLX, DeepEP) has already sorted into a padded batch.
@@ -152,24 +169,26 @@ class Experts:
         expert_num_tokens
             (E,) int32 or int64: tokens of each expert.
         out
-            (E, max_tokens, K) or None. Rows behind an expert's last token are left as they are (the reference writes
-            zeros).
+            (E, max_tokens, K) or None. Rows behind an expert's last token are left as they are, whatever is in a new
+            array (the reference writes zeros).
         a1_scale
             Scale of fp8 hidden states: one, or (E, max_tokens, 1); None is that of the layer.
 
         Returns
         -------
-        array (E, max_tokens, K) of the kind of ``hidden_states``, not weighted
+        array (E, max_tokens, K) of the kind of ``hidden_states`` and of ``out_dtype``, not weighted; ``expert_map``
+        has no part in it
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for a call.
         """
         call = spec.describe_call(self._spec, hidden_states, expert_num_tokens, None, out, a1_scale, padded=True)
-        if self._backend == "reference" or self._spec.validate:
-            spec.check_call(self._spec, call)
-        if self._spec.validate:
-            validation.check_padded(self._spec, hidden_states, expert_num_tokens)
-        if self._backend == "reference":
-            counts = {"expert_num_tokens": expert_num_tokens}
-            return self._run_reference(reference.batched, hidden_states, counts, call, out)
-        return self._run(call, out)
+        if self._backend != "reference" and not self._spec.validate:
+            return self._run(call, out)
+        arrays_of_call = {"hidden_states": hidden_states, "expert_num_tokens": expert_num_tokens}
+        return self._run_slowly(call, out, validation.check_padded, reference.batched, arrays_of_call)
 
     def workspace_nbytes(self, M: int, topk: int) -> int:
         """Bytes of scratch memory that a call takes, from a `Workspace`.
@@ -206,11 +225,13 @@ class Experts:
         Returns
         -------
         dict
-            What was found, by its key: the choice, its microseconds, and those of the default. Empty where the
-            reference runs.
+            What was found, by its key: the choice, its microseconds ``us``, and those of the default, ``default_us``.
+            Empty where the reference runs.
 
         Raises
         ------
+        TypeError, ValueError
+            For a wrong number.
         RuntimeError
             While a CUDA graph is being captured.
         """
@@ -261,7 +282,7 @@ class Experts:
         shape = CallShape(
             tokens, topk, hidden.shape[1] if call.padded else 0, _matrix(hidden),
             _matrix(call.out) if call.out else new, ids.dtype,
-            int(isinstance(scale, Operand) and len(scale.info.shape) > 1),
+            row_scale(scale).row_stride,
         )
         with arrays.numeric_scope(self._spec.library, self._spec.device):
             plan = Plan(self._layer, shape, self._workspace)
@@ -270,9 +291,22 @@ class Experts:
             del self._plans[next(iter(self._plans))]
         return plan
 
-    def _run_reference(
-        self, function: Any, hidden_states: Any, tokens: dict[str, Any], call: Call, out: Any
+    def _run_slowly(
+        self, call: Call, out: Any, validate: Callable[..., None], function: Any, arrays_of_call: dict[str, Any]
     ) -> Any:
+        """A call whose data the host looks at, or that the reference runs."""
+        own = self._spec
+        spec.check_call(own, call)
+        if own.device != arrays.CPU and arrays.is_capturing(own.library, own.device):
+            what = "validate=True" if own.validate else "backend='reference'"
+            raise RuntimeError(f"a call with {what} waits for the device, which a CUDA graph cannot capture")
+        if own.validate:
+            validate(own, **arrays_of_call)
+        if self._backend == "reference":
+            return self._run_reference(function, arrays_of_call, call, out)
+        return self._run(call, out)
+
+    def _run_reference(self, function: Any, arrays_of_call: dict[str, Any], call: Call, out: Any) -> Any:
         own, scale = self._spec, call.a1_scale
         library = own.library
         if out is None:
@@ -292,12 +326,11 @@ class Experts:
                 del operands["expert_map"]
             else:
                 options["apply_router_weight_on_input"] = own.apply_router_weight_on_input
-            tokens = {name: library.to_numeric(x) for name, x in tokens.items()}
-            function(library.to_numeric(hidden_states), **tokens, **operands, **options, out=library.to_numeric(out))
+            numeric = {name: library.to_numeric(x) for name, x in arrays_of_call.items()}
+            function(**numeric, **operands, **options, out=library.to_numeric(out))
         return out
 
 
 def _matrix(x: Array) -> Matrix:
     """Rows of an array, with its alignment for an address: what the choice of a kernel depends on."""
-    pitch = x.shape[-1] if len(x.shape) != 2 or x.shape[0] <= 1 else x.strides[0]
-    return Matrix(x.pointer % 16, pitch, x.dtype)
+    return Matrix.of(x._replace(pointer=x.pointer % 16))

@@ -7,13 +7,14 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from cupy_moe import arrays, checks, spec
+from cupy_moe import arrays, checks, driver, spec
 from cupy_moe.experts import Experts
 from cupy_moe.spec import LayerSpec
 from cupy_moe.workspace import Workspace
 
-LAYERS_KEPT = 128
-"""Beside those that a CUDA graph has recorded, whose tables have to stay."""
+LAYERS_KEPT = 1024
+"""Layers, once for each stream that they are called on, beside those that a CUDA graph has recorded, whose tables have
+to stay. With more of them in turns, each call would make its own anew."""
 
 
 def fused_experts(
@@ -23,15 +24,27 @@ def fused_experts(
     out: Any = None, out_dtype: Any = None, backend: str | None = None, batch_invariant: bool = False,
     validate: bool = False,
 ) -> Any:
-    """Run one MoE layer: the arguments of `Experts` and of its call in one.
+    """Run one MoE layer: the arguments of `Experts` and of its call in one, where they are described.
+
+    ``hidden_states`` (M, K), ``w1`` (E, 2N, K), or (E, N, K) without gates, ``w2`` (E, K, N), ``topk_weights`` and
+    ``topk_ids`` (M, topk).
 
     What depends on the weights alone is found again for the same arrays, so repeated calls cost little more than those
     of `Experts`; the arrays themselves are not kept. Where K or N is no multiple of 16, each call copies the weights
-    into padded ones: make an `Experts` for those. Calls on one stream share their scratch memory.
+    into padded ones: make an `Experts` for those. Calls on one stream share their scratch memory, and a captured call
+    takes that of the calls before the capture: branches of a graph that may run side by side, or beside such calls,
+    take `Experts` with a `Workspace` each.
 
     Returns
     -------
-    array (M, K) of the kind of ``hidden_states``
+    array (M, K) of the kind of ``hidden_states`` and of ``out_dtype``
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        If the backend is not available here; the message says why and what to do.
     """
     names = (
         "w1", "w2", "w1_scale", "w2_scale", "a2_scale", "per_act_token", "activation", "w1_bias", "w2_bias",
@@ -46,16 +59,17 @@ def fused_experts(
 
 
 _layers_lock = threading.Lock()
-_Key = tuple[tuple[int, int], str | None, LayerSpec]  # (device, stream), backend, addresses and options
+_Place = tuple[int, tuple[int, int]]  # device, stream
+_Key = tuple[_Place, str | None, LayerSpec]  # where, backend, addresses and options
 _layers: OrderedDict[_Key, Experts] = OrderedDict()
-_workspaces: dict[tuple[int, int], Workspace] = {}
+_workspaces: dict[_Place, Workspace] = {}
 
 
 def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
     """The `Experts` made earlier for the same addresses and options, if it holds no copy of their contents."""
     if checked.device == arrays.CPU or backend == "reference":
         return Experts._of(checked, backend, None)
-    place = checked.device, checked.library.stream(checked.device)
+    place = checked.device, driver.stream_identity(checked.library.stream(checked.device))
     key = (place, backend, checked.without_arrays())
     capturing = arrays.is_capturing(checked.library, checked.device)
     with _layers_lock:

@@ -17,7 +17,7 @@ from cupy_moe.buffers import Buffers, as_array
 from cupy_moe.driver import Step
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import UNSCALED, Matrix, RowScale, Tables
-from cupy_moe.tiles import End, Groups
+from cupy_moe.tiles import End, Groups, expected_rows
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
@@ -65,9 +65,9 @@ class CublasltGemms:
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
         context = backend.cublaslt_context(layer.device)
-        counts, experts = layer.expert_counts.data.ptr, layer.spec.num_experts
-        self._gemm1 = GroupedGemm(context, w1, experts, layer.product, layer.hidden, counts)
-        self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts)
+        counts, experts, routed_to = layer.expert_counts.data.ptr, layer.spec.num_experts, layer.spec.experts_routed_to
+        self._gemm1 = GroupedGemm(context, w1, experts, layer.product, layer.hidden, counts, routed_to)
+        self._gemm2 = GroupedGemm(context, w2, experts, layer.hidden, layer.intermediate, counts, routed_to)
         self.unit = self._gemm2.unit  # of y
         self._pointers = dedicated((4, experts), np.int64)  # of x, inner, a and y, where routing puts them
 
@@ -111,7 +111,7 @@ class CublasltGemms:
         self._pointers.set(np.stack([base + first * pitch for base, pitch in zip(of.base, of.pitch, strict=True)]))
         for i, gemm, operand, result in (
             (0, self._gemm1, buffers.x, buffers.inner), (2, self._gemm2, buffers.a, buffers.y)
-        ):  # fmt: skip
+        ):
             tuning.fill_with_codes(as_array(operand, total))
             records.update(gemm.tune(rows, tables[i], tables[i + 1], as_array(result, total)))
         return records
@@ -124,15 +124,14 @@ class OwnGemms:
     can_pack: ClassVar[bool]  # whether every tile has whole groups of rows
 
     def __init__(self, layer: Layer, w1: int, w2: int) -> None:
-        experts = layer.spec.num_experts
+        spec = layer.spec
         self._claims = dedicated((2, 2), np.int32)
-        invariant = layer.spec.batch_invariant
+        common = {"batch_invariant": spec.batch_invariant, "routed_to": spec.experts_routed_to}
         self._w1 = self.kernel.Weights(
-            w1, experts, layer.product, layer.hidden, paired=layer.spec.gated, batch_invariant=invariant
+            w1, spec.num_experts, layer.product, layer.hidden, paired=spec.gated, **common
         )
         self._w2 = self.kernel.Weights(
-            w2, experts, layer.hidden, layer.intermediate, paired=False, batch_invariant=invariant,
-            short_columns=SHORT_COLUMNS,
+            w2, spec.num_experts, layer.hidden, layer.intermediate, paired=False, short_columns=SHORT_COLUMNS, **common
         )
         self.unit = e4m3.half_unit(layer.intermediate)
 
@@ -142,7 +141,8 @@ class OwnGemms:
             return 0, 0, "float32"
         columns, experts = layer.intermediate, layer.spec.num_experts
         as_numbers = comparable or layer.spec.batch_invariant  # packing depends on the number of rows
-        if self.can_pack and not as_numbers and packs(rows, experts, columns, per_token=layer.spec.per_act_token):
+        expected = expected_rows(rows, experts, layer.spec.experts_routed_to)
+        if self.can_pack and not as_numbers and packs(expected, experts, columns, per_token=layer.spec.per_act_token):
             return launches.packed_rows(rows, experts), columns, launches.PACKED
         return rows, columns, "float32"
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_moe import tuning
-from cupy_moe.cublaslt import Algorithm, Context, GroupedMatmul
+from cupy_moe.cublaslt import Algorithm, Context, CublasError, GroupedMatmul
 from cupy_moe.driver import Step
+from cupy_moe.tiles import expected_rows
 from cupy_moe.tuning import Record
 from cupy_moe.workspace import dedicated
 
@@ -62,15 +63,20 @@ class GroupedGemm:
         Sizes, n and k multiples of 16.
     counts
         Address of the E row counts (int32), read when the matmul runs.
+    routed_to
+        How many experts the rows are spread over, if others are held elsewhere.
     """
 
-    def __init__(self, context: Context, weights: int, experts: int, n: int, k: int, counts: int) -> None:
+    def __init__(
+        self, context: Context, weights: int, experts: int, n: int, k: int, counts: int, routed_to: int = 0
+    ) -> None:
         self._matmuls = {
             result: GroupedMatmul(context, experts, n, k, counts, result) for result in ("float16", "float32")
         }
         self.unit = self._matmuls["float16"].unit  # the same for both
         self.weight_pointers = dedicated((experts,), np.int64)
         self.weight_pointers.set(weights + np.arange(experts, dtype=np.int64) * (n * k))
+        self._routed_to = routed_to or experts
         self._key = f"cublaslt {context.version}", tuning.device_name(context.device), f"{experts} x {n} x {k}"
         self._algorithms: dict[tuple[str, tuple[Choice, ...]], list[Algorithm]] = {}
         # One workspace per GEMM: two in one CUDA graph that share one have been seen to fault on replay (<= 13.7).
@@ -78,7 +84,7 @@ class GroupedGemm:
 
     def key(self, rows: int, result: str) -> str:
         """Under which tuning finds the choice for ``rows`` rows in all."""
-        return tuning.key(*self._key, result, rows=rows)
+        return tuning.key(*self._key, result, rows=self._expected(rows))
 
     def algorithms(self, rows: int, result: str = "float16") -> list[Algorithm]:
         """The heuristic's proposals for ``rows`` rows in all, the one that tuning or else `PREFERRED` wants first."""
@@ -86,20 +92,26 @@ class GroupedGemm:
         default = self._default(rows)
         return self._proposals(result, *((tuned, default) if tuned else (default,)))
 
+    def _expected(self, rows: int) -> int:
+        return expected_rows(rows, len(self.weight_pointers), self._routed_to)
+
     def _default(self, rows: int) -> Choice:
-        average = rows / len(self.weight_pointers)
+        average = self._expected(rows) / len(self.weight_pointers)
         return next(choice for below, choice in PREFERRED if average < below)
 
     def _proposals(self, result: str, *wanted: Choice) -> list[Algorithm]:
         """The proposals among which one is wanted, the earlier the better, that one first."""
         if (result, wanted) not in self._algorithms:
             matmul = self._matmuls[result]
+            found: list[Algorithm] = []
             for choice in wanted:
-                configurations = [(matmul.configuration(one), one) for one in matmul.algorithms(choice.average)]
-                configurations.sort(key=lambda pair: pair[0] != choice.configuration)
-                if configurations and configurations[0][0] == choice.configuration:
+                proposed = matmul.algorithms(choice.average)
+                found = sorted(proposed, key=lambda one: matmul.configuration(one) != choice.configuration) or found
+                if proposed and matmul.configuration(found[0]) == choice.configuration:
                     break
-            self._algorithms[result, wanted] = [one for _, one in configurations]
+            if not found:
+                raise CublasError(f"cuBLASLt proposes no algorithm for a grouped product of {self._key[-1]} codes")
+            self._algorithms[result, wanted] = found
         return self._algorithms[result, wanted]
 
     def tune(self, rows: int, row_pointers: int, result_pointers: int, result: Any) -> dict[str, Record]:

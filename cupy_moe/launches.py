@@ -33,6 +33,12 @@ class Matrix(NamedTuple):
     pitch: int
     dtype: str
 
+    @classmethod
+    def of(cls, info: Array) -> Matrix:
+        """A checked matrix with contiguous rows, or more dimensions without gaps."""
+        apart = len(info.shape) == 2 and info.shape[0] > 1  # the stride of a single row says nothing
+        return cls(info.pointer, info.strides[0] if apart else info.shape[-1], info.dtype)
+
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
@@ -54,9 +60,10 @@ class RowScale(NamedTuple):
 
     @classmethod
     def of(cls, scale: Array) -> RowScale:
-        """A checked scale: one, () or (1,); one per expert, (E,); or one per row, (rows, 1)."""
-        per_expert = len(scale.shape) == 1 and scale.shape != (1,)
-        return cls(scale.pointer, row_stride=int(len(scale.shape) > 1), expert_stride=int(per_expert))
+        """A checked scale: one, (), (1,) or (1, 1); one per expert, (E,); or one per row, (rows, 1)."""
+        one = all(size == 1 for size in scale.shape)
+        per_expert = len(scale.shape) == 1 and not one
+        return cls(scale.pointer, row_stride=int(not (one or per_expert)), expert_stride=int(per_expert))
 
     def times(self, unit: float) -> float:
         """``unit``, multiplied by the scale where that is a number."""

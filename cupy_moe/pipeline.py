@@ -23,6 +23,8 @@ from cupy_moe.workspace import Workspace, dedicated
 
 CALLS_BEFORE_REPLAY = 2
 """Calls of a plan that launch kernel by kernel; making a CUDA graph pays for plans that are used again."""
+MOST_EXPERTS = 2048
+"""The schedule of the GEMMs and the counts of routing are in shared memory, also where a block has 99 KiB of it."""
 OVERLAP = True
 """Whether kernels start while the one in front still runs; off where each is to be seen by itself."""
 
@@ -60,6 +62,8 @@ class Layer:
     def __init__(self, spec: LayerSpec, backend: str) -> None:
         import cupy
 
+        if spec.num_experts > MOST_EXPERTS:
+            raise ValueError(f"w1: expected at most {MOST_EXPERTS} experts on a GPU; got {spec.num_experts}")
         tuning.CACHE.load()
         self.spec = spec.without_arrays()
         self.device = spec.device
@@ -109,8 +113,7 @@ class Layer:
         rows, experts = tokens * topk, self.spec.num_experts
         nbytes = Buffers(self, rows, comparable=True).nbytes
         buffers = Buffers(self, rows, workspace.reserve(nbytes, self.device), comparable=True)
-        routed = self.spec.expert_map.info.shape[0] if self.spec.expert_map else experts
-        counts = tuning.uniform_counts(tokens, topk, routed)[:experts]
+        counts = tuning.uniform_counts(tokens, topk, self.spec.experts_routed_to)[:experts]
         counts[0] += not counts.any()
         first, total = np.cumsum(counts, dtype=np.int64) - counts, int(counts.sum())
         self.expert_counts.set(counts)
@@ -167,6 +170,7 @@ class Plan:
         self._replay(stream)
 
     def _set(self, at: Addresses) -> None:
+        self._at = None  # if this is interrupted, the next call does it again
         for argument in self._hidden:
             argument.value = at.hidden
         for argument in self._ids:

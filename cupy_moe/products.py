@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_moe import backend as backend_choice
-from cupy_moe import e4m3, mma, sm90, tuning
+from cupy_moe import driver, e4m3, mma, sm90, tuning
 from cupy_moe.cublaslt import ALIGNMENT, Context
 from cupy_moe.grouped_gemm import GroupedGemm
 from cupy_moe.launches import Matrix
@@ -24,7 +24,7 @@ class Product(NamedTuple):
 
     product: Any  # (rows, n, up to a multiple of 16) float16 in units of `unit`
     unit: float  # what 1 in `product` stands for
-    row_experts: Any  # (rows,) int32; -1 from expert_offsets[E] on, where `product` is not written
+    row_experts: Any  # (rows,) int32; -1 in front of expert_offsets[0] and from expert_offsets[E] on
 
 
 def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: Any, choice: int = 0) -> Product:
@@ -52,7 +52,7 @@ def multiply(device: int, backend: str, a: Any, weights: Any, expert_offsets: An
         _multiply_cublaslt(device, a, weights, *spans, product, choice)
     else:
         _multiply_own({"sm90": sm90, "mma": mma}[backend], device, a, weights, *spans, product)
-    owners = cupy.searchsorted(expert_offsets[1:], cupy.arange(len(a), dtype=cupy.int32), side="right")
+    owners = cupy.searchsorted(expert_offsets, cupy.arange(len(a), dtype=cupy.int32), side="right") - 1
     return Product(product, e4m3.half_unit(k), cupy.where(owners < experts, owners, -1).astype(cupy.int32))
 
 
@@ -77,7 +77,8 @@ def _multiply_cublaslt(
     import cupy
 
     stream = int(cupy.cuda.get_current_stream().ptr)
-    gemm, sizes, pointers = _gemm_of(backend_choice.cublaslt_context(device), stream, weights.data.ptr, *weights.shape)
+    context, identity = backend_choice.cublaslt_context(device), driver.stream_identity(stream)
+    gemm, sizes, pointers = _gemm_of(context, identity, weights.data.ptr, *weights.shape)
     with _tables_in_use:
         sizes[...] = counts
         for table, matrix in zip(pointers, (a, product), strict=True):
@@ -90,7 +91,9 @@ _tables_in_use = threading.Lock()  # from what fills them to what reads them, wh
 
 
 @lru_cache(maxsize=64)
-def _gemm_of(context: Context, stream: int, weights: int, experts: int, n: int, k: int) -> tuple[GroupedGemm, Any, Any]:
+def _gemm_of(
+    context: Context, stream: tuple[int, int], weights: int, experts: int, n: int, k: int
+) -> tuple[GroupedGemm, Any, Any]:
     """A GEMM with its tables, found again for the same addresses; one per stream, whose calls do not overlap."""
     counts, pointers = dedicated((experts,), np.int32), dedicated((2, experts), np.int64)
     return GroupedGemm(context, weights, experts, n, k, counts.data.ptr), counts, pointers

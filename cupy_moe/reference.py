@@ -58,12 +58,12 @@ def fused_experts(
     q2, q2_scale = activation_quantize(
         product1, activation, scale=a2_scale, per_token=per_act_token,
         x_scale=q1_scale, w_scale=w1_scale, bias=w1_bias, row_experts=experts,
-    )  # fmt: skip
+    )
     product2 = _grouped_product(q2, w2, routing.expert_offsets, exact=batch_invariant)
     result = combine(
         product2, routing.src2dst_map, topk_weights=weights_out,
         x_scale=q2_scale, w_scale=w2_scale, bias=w2_bias, row_experts=experts, out_dtype=out_dtype,
-    )  # fmt: skip
+    )
     return _deliver(result, out)
 
 
@@ -188,8 +188,8 @@ def grouped_gemm_fp8(
     """
     xp = array_namespace(a)
     product = _grouped_product(a, b, expert_offsets)
-    row_experts = xp.searchsorted(expert_offsets[1:], xp.arange(len(a), dtype=np.int32), side="right")
-    in_use = row_experts < len(b)
+    row_experts = xp.searchsorted(expert_offsets, xp.arange(len(a), dtype=np.int32), side="right") - 1
+    in_use = (row_experts >= 0) & (row_experts < len(b))
     row_experts = xp.where(in_use, row_experts, -1)
     result = xp.where(in_use[:, None], rescale(product, a_scale, b_scale, bias, row_experts), 0)
     return result.astype(_dtype(out_dtype))

@@ -43,10 +43,10 @@ class Replay:
     def __init__(self, steps: Sequence[Step], changing: Sequence[Launch]) -> None:
         import cupy
 
-        cuda = driver.library()
-        stream = cupy.cuda.Stream(non_blocking=True)
-        handle, graph = ctypes.c_void_p(stream.ptr), ctypes.c_void_p()
+        cuda, graph = driver.library(), ctypes.c_void_p()
         self._exec, self._graph = ctypes.c_void_p(), graph  # whose nodes name those of the executable one
+        stream = cupy.cuda.Stream(non_blocking=True)
+        handle = ctypes.c_void_p(stream.ptr)
         self._nodes: dict[Launch, tuple[ctypes.c_void_p, _NodeParams]] = {}
         driver.check(cuda.cuStreamBeginCapture_v2(handle, CAPTURE_MODE_RELAXED), "cuStreamBeginCapture")
         try:

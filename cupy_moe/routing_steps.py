@@ -17,7 +17,7 @@ from cupy_moe.step_arguments import Arguments
 
 
 def topk_softmax(gating: Any, topk: int, *, renormalize: bool = False) -> tuple[Any, Any]:
-    """Choose experts: the ``topk`` largest logits of each token and their softmax probabilities, largest first.
+    """Choose experts: the ``topk`` largest logits of each token, largest first, and their part in the softmax of all E.
 
     Parameters
     ----------
@@ -35,6 +35,11 @@ def topk_softmax(gating: Any, topk: int, *, renormalize: bool = False) -> tuple[
         (M, topk) float32.
     topk_ids
         (M, topk) int32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
     """
     arguments = Arguments("gating", gating)
     info = arguments.expect("gating", gating, FLOATS, ("M", "E"), rows_only=True)
@@ -70,6 +75,13 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
     -------
     Routing
         Offsets and counts per expert, the maps in both directions and each row's expert; int32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        In a CUDA graph capture that could not keep its scratch memory.
     """
     arguments = Arguments("topk_ids", topk_ids)
     ids = arguments.expect("topk_ids", topk_ids, INDICES, ("M", "topk"))
@@ -80,15 +92,16 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
         return Routing(*arguments.reference(reference.route, topk_ids, experts, expert_map=expert_map))
     tokens, topk = ids.shape
     rows = tokens * topk
+    blocks = dispatch.route_blocks(rows)
+    scratch = arguments.scratch((blocks * experts,), "int32") if blocks > 1 else 0
     made = Routing(
         *(arguments.empty(shape, "int32") for shape in ((experts + 1,), (experts,), (rows,), (tokens, topk), (rows,)))
     )
     maps = Maps(*(arguments.pointer(x) for x in made))
-    scratch = arguments.empty((dispatch.route_blocks(rows) * experts,), "int32")
     arguments.run(*dispatch.route(
         arguments.device, tokens, dispatch.Pairs(
             ids.pointer, ids.dtype, topk, experts, maps, expert_map=mapped.pointer,
-            map_size=mapped.shape[0] if mapped.shape else 0, scratch=arguments.pointer(scratch),
+            map_size=mapped.shape[0] if mapped.shape else 0, scratch=scratch,
         ),
     ))
     return made
@@ -105,11 +118,16 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
     dst2src_map
         (rows,) int32.
     out
-        (rows, C) of the dtype of ``x``; None allocates it.
+        (rows, C) of the dtype of ``x``, which must not share memory with it; None allocates it.
 
     Returns
     -------
     array (rows, C)
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
     """
     arguments = Arguments("x", x)
     dtype = arguments.first.dtype
@@ -122,14 +140,19 @@ def shuffle_rows(x: Any, dst2src_map: Any, *, out: Any = None) -> Any:
         raise TypeError(f"x: expected numbers; got {dtype}") from None
     index = arguments.expect("dst2src_map", dst2src_map, ("int32",), ("rows",))
     shape = (index.shape[0], source.shape[1])
+    pitch = source.strides[0] if source.shape[0] > 1 else shape[1]
     out = arguments.result("out", out, shape, source.dtype)
+    to = arguments.pointer(out)
+    if 0 not in (*shape, source.shape[0]):
+        end = source.pointer + ((source.shape[0] - 1) * pitch + shape[1]) * itemsize
+        if source.pointer < to + shape[0] * shape[1] * itemsize and to < end:
+            raise ValueError("out: expected memory apart from that of x; got an array that overlaps it")
     if arguments.on_cpu:
         arguments.reference(reference.shuffle_rows, x, dst2src_map, out=out)
     elif 0 not in shape:
-        pitch = source.strides[0] if source.shape[0] > 1 else shape[1]
         arguments.run(launches.shuffle_rows(
             arguments.device, source.pointer, pitch * itemsize, source.shape[0], index.pointer, shape[0],
-            shape[1] * itemsize, arguments.pointer(out),
+            shape[1] * itemsize, to,
         ))
     return out
 
@@ -147,6 +170,11 @@ def gather_scales(scales: Any, dst2src_map: Any) -> Any:
     Returns
     -------
     array (rows, 1) float32; zeros where the map is negative or at least M
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
     """
     arguments = Arguments("scales", scales)
     info = arguments.expect("scales", scales, ("float32",), ("M", 1), ("M",))

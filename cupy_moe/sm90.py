@@ -90,7 +90,8 @@ class _Tiles(Tiles[Tile]):
         """As `Tiles.default`, or narrow."""
         tile = super().default(device, weights, rows)
         if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
-            few = 2 * tile.most(rows, weights.experts, weights.n) <= compiler.multiprocessors(device)
+            most = tile.most(weights.expected(rows), weights.experts, weights.n)
+            few = 2 * most <= compiler.multiprocessors(device)
             return NARROW if few else tile
         return tile
 

@@ -11,6 +11,9 @@ from cupy_moe import checks
 from cupy_moe.activations import ACTIVATIONS
 from cupy_moe.arrays import Array, Library
 
+MOST_SLOTS = 1024
+"""Experts per token: `combine` has what it knows of them in shared memory."""
+
 
 class Operand(NamedTuple):
     """An argument: the caller's array, kept alive, and its description."""
@@ -52,6 +55,11 @@ class LayerSpec:
     def gated(self) -> bool:
         """Whether ``w1`` holds gates and ups."""
         return ACTIVATIONS[self.activation].gated
+
+    @property
+    def experts_routed_to(self) -> int:
+        """How many experts the tokens choose from, those held elsewhere included."""
+        return max(self.expert_map.info.shape[0], self.num_experts) if self.expert_map else self.num_experts
 
     def operands(self) -> dict[str, Scale | None]:
         """The array arguments (and scales that are numbers) by name."""
@@ -114,7 +122,9 @@ def layer_spec(
         if x is None:
             raise ValueError(f"{name}: expected float32 of shape (E,), or (E, {channels}) per channel; got None")
         shapes = checks.weight_scale_shapes(num_experts, channels, halves)
-        return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
+        info = checks.describe(name, x, library, device)
+        blocks = " (block-wise scales are not supported)" if len(info.shape) == 3 else ""
+        return Operand(x, checks.expect(name, info, ("float32",), *shapes, since=blocks))
 
     def activation_scale(name: str, x: Any) -> Scale | None:
         if x is None:
@@ -122,7 +132,7 @@ def layer_spec(
         value = checks.number(name, x)
         if value is not None:
             return value
-        shapes: list[checks.Shape] = [(), (1,), (num_experts,)]
+        shapes: list[checks.Shape] = [*checks.ONE, (num_experts,)]
         if name == "a1_scale":  # (M, 1) belongs to fp8 hidden states: whether they are is known at the call
             shapes.append(("M", 1))
         return Operand(x, checks.expect(name, checks.describe(name, x, library, device), ("float32",), *shapes))
@@ -217,8 +227,8 @@ def check_call(spec: LayerSpec, call: Call) -> None:
         checks.expect("hidden_states", hidden, dtypes, ("M", spec.hidden_size), rows_only=True)
         checks.expect("topk_ids", call.ids, checks.INDICES, (hidden.shape[0], "topk"))
         checks.expect("topk_weights", call.topk_weights, ("float32",), call.ids.shape)
-        if call.ids.shape[1] < 1:
-            raise ValueError(f"topk_ids: expected at least one expert per token; got shape {call.ids.shape}")
+        if not 1 <= call.ids.shape[1] <= MOST_SLOTS:
+            raise ValueError(f"topk_ids: expected from 1 to {MOST_SLOTS} experts per token; got {call.ids.shape}")
     _check_hidden_scale(spec, call)
     if call.out is not None:
         allowed = (spec.out_dtype,) if spec.out_dtype else checks.FLOATS
@@ -234,7 +244,7 @@ def _check_hidden_scale(spec: LayerSpec, call: Call) -> None:
                 f"a1_scale: expected one scale, or one per token {per_token}, with fp8 hidden_states; got None"
             )
         if isinstance(scale, Operand):
-            checks.expect("a1_scale", scale.info, ("float32",), (), (1,), per_token)
+            checks.expect("a1_scale", scale.info, ("float32",), *checks.ONE, per_token)
         return
     if call.scale_given:
         came = type(scale.array if isinstance(scale, Operand) else scale).__name__
@@ -243,7 +253,7 @@ def _check_hidden_scale(spec: LayerSpec, call: Call) -> None:
             f"got {came}"
         )
     _check_scale_of_all(spec, "a1_scale", scale, ", or fp8 hidden_states")
-    if isinstance(scale, Operand) and scale.info.shape not in ((), (1,), (spec.num_experts,)):
+    if isinstance(scale, Operand) and scale.info.shape not in (*checks.ONE, (spec.num_experts,)):
         raise ValueError(
             f"a1_scale: expected one scale, or one per expert ({spec.num_experts},), with {hidden.dtype} "
             f"hidden_states; got {scale.info.shape} (one per token goes with fp8 hidden_states)"

@@ -28,6 +28,7 @@ class Arguments:
         self.first = checks.info(name, x, self.library)
         self.device = self.first.device
         self.on_cpu = self.device == arrays.CPU
+        self._scratch: list[Any] = []
 
     @property
     def stream(self) -> int:
@@ -94,6 +95,20 @@ class Arguments:
         """A new array of the caller's kind."""
         return self.library.empty(shape, dtype, self.device)
 
+    def scratch(self, shape: tuple[int, ...], dtype: str) -> int:
+        """Address of memory for the launches of the next `run`, which keeps it until then."""
+        if self.library.name == "cupy":  # a torch capture has a memory pool of its own
+            self.refuse_capture()
+        self._scratch.append(self.empty(shape, dtype))
+        return self.pointer(self._scratch[-1])
+
+    def refuse_capture(self) -> None:
+        """RuntimeError while a CUDA graph is being captured, which would use the step's own memory after its end."""
+        if arrays.is_capturing(self.library, self.device):
+            raise RuntimeError(
+                "this step takes scratch memory of its own, which a CUDA graph cannot keep: capture a call of Experts"
+            )
+
     def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
         """A new array of zeros of the caller's kind."""
         return self.library.zeros(shape, dtype, self.device)
@@ -117,7 +132,7 @@ class Arguments:
 
     def matrix(self, info: Array) -> Matrix:
         """A checked matrix as the launches take it."""
-        return Matrix(info.pointer, info.strides[0] if info.shape[0] > 1 else info.shape[1], info.dtype)
+        return Matrix.of(info)
 
     def numeric(self, x: Any) -> Any:
         """The array in CuPy's or NumPy's terms, the same memory."""

@@ -7,6 +7,7 @@ layer's kernels on the caller's current stream. Sizes: M tokens, K hidden, N int
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cupy_moe import arrays, checks, dispatch, e4m3, launches, products, reference
@@ -29,38 +30,50 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
         float32. None: dynamic, ``max(amax, 1e-30) / 448`` over the finite values. A number, () or (1,): for all of
         ``x``. (M, 1): one per token.
     per_token
-        A dynamic scale per token instead of one for all.
+        A dynamic scale per token instead of one for all; without a part where ``scale`` is given.
 
     Returns
     -------
     q
-        (M, C) float8_e4m3fn (uint8 codes in CuPy).
+        (M, C) float8_e4m3fn of the OCP 8-bit floating point specification (uint8 codes in CuPy).
     scale
         (1,) or (M, 1) float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        In a CUDA graph capture that could not keep its scratch memory.
     """
     arguments = Arguments("x", x)
     info = arguments.expect("x", x, FLOATS, ("M", "C"), rows_only=True)
     tokens, cols = info.shape
     checks.flag("per_token", per_token)
-    given = arguments.row_scale("scale", scale, ((), (1,), (tokens, 1)))
+    given = arguments.row_scale("scale", scale, (*checks.ONE, (tokens, 1)))
     if arguments.on_cpu:
         return arguments.reference_pair(reference.quantize_fp8, x, scale, per_token=per_token)
+    mode, made, addresses = _made_scale(arguments, scale, per_token, tokens, arguments.empty)
     codes = arguments.empty((tokens, cols), "uint8")
     out = Matrix(arguments.pointer(codes), cols, "uint8")
-    partials = arguments.empty((launches.PARTIALS,), "float32")
-    if scale is not None:
-        mode, made = "STATIC", arguments.as_scale(scale)
-    else:
-        mode = "TOKEN" if per_token else "TENSOR"
-        made = arguments.empty((tokens if per_token else 1, 1)[: 1 + per_token], "float32")
     if 0 not in info.shape:
         arguments.run(*dispatch.quantize(
-            arguments.device, mode, arguments.matrix(info), tokens, cols, out, cols, scale=given,
-            partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
+            arguments.device, mode, arguments.matrix(info), tokens, cols, out, cols, scale=given, **addresses,
         ))
     elif scale is None:
         made = arguments.filled(tuple(made.shape), TINY_AMAX / e4m3.MAX)
     return arguments.library.as_fp8(codes), made
+
+
+def _made_scale(
+    arguments: Arguments, scale: Any, per_token: bool, rows: int, make: Callable[..., Any]
+) -> tuple[str, Any, dict[str, Any]]:
+    """The kernel's mode, the scale of the result, new where it is dynamic, and what the kernels write to find that."""
+    if scale is not None:
+        return "STATIC", arguments.as_scale(scale), {}
+    partials = 0 if per_token else arguments.scratch((launches.PARTIALS,), "float32")
+    made = make((rows, 1) if per_token else (1,), "float32")
+    return "TOKEN" if per_token else "TENSOR", made, {"partials": partials, "scale_out": arguments.pointer(made)}
 
 
 def activation_quantize(
@@ -78,7 +91,7 @@ def activation_quantize(
     scale
         Of the result: None dynamic; a number, () or (1,) static; (E,) static per expert.
     per_token
-        Dynamic scales per row instead of one.
+        Dynamic scales per row instead of one; without a part where ``scale`` is given.
     x_scale
         Of the rows: None for 1; a number, () or (1,); (rows, 1); (E,) per expert.
     w_scale
@@ -95,6 +108,13 @@ def activation_quantize(
         (rows, N) float8_e4m3fn (uint8 codes in CuPy).
     scale
         As given, or (1,) or (rows, 1) float32; those of rows without an expert mean nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        In a CUDA graph capture that could not keep its scratch memory.
     """
     arguments = Arguments("x", x)
     checks.option("activation", activation, ACTIVATIONS)
@@ -109,27 +129,22 @@ def activation_quantize(
         row_experts, rows, w_scale=w_scale, bias=bias, scale=scale, x_scale=x_scale
     )
     by_weight = arguments.weight_scale("w_scale", w_scale, experts, cols, width if gated else 0)
-    by_row = arguments.row_scale("x_scale", x_scale, ((), (1,), (rows, 1), (experts,)))
-    given = arguments.row_scale("scale", scale, ((), (1,), (experts,)))
+    by_row = arguments.row_scale("x_scale", x_scale, (*checks.ONE, (rows, 1), (experts,)))
+    given = arguments.row_scale("scale", scale, (*checks.ONE, (experts,)))
     shift = arguments.optional("bias", bias, FLOATS, (experts, cols))
     if arguments.on_cpu:
         return arguments.reference_pair(
             reference.activation_quantize, x, activation, scale=scale, per_token=per_token, x_scale=x_scale,
             w_scale=w_scale, bias=bias, row_experts=row_experts,
         )
+    # Zeros: nobody writes the codes and the scale of a row without an expert.
+    mode, made, addresses = _made_scale(arguments, scale, per_token, rows, arguments.zeros)
     codes = arguments.zeros((rows, width), "uint8")
-    partials = arguments.empty((launches.PARTIALS,), "float32")
-    if scale is not None:
-        mode, made = "STATIC", arguments.as_scale(scale)
-    else:
-        mode = "TOKEN" if per_token else "TENSOR"
-        made = arguments.zeros((rows, 1) if per_token else (1,))
     if 0 not in info.shape:
         arguments.run(*launches.activation_quantize(
             arguments.device, mode, activation, gated, arguments.matrix(info), rows, width, width,
             Matrix(arguments.pointer(codes), width, "uint8"), width, x_scale=by_row, w_scale=by_weight,
-            bias=Bias(shift.pointer, shift.dtype), row_experts=owners, scale=given,
-            partials=arguments.pointer(partials), scale_out=0 if mode == "STATIC" else arguments.pointer(made),
+            bias=Bias(shift.pointer, shift.dtype), row_experts=owners, scale=given, **addresses,
         ))
     elif scale is None:
         made = arguments.filled(tuple(made.shape), TINY_AMAX / e4m3.MAX)
@@ -149,7 +164,8 @@ def grouped_gemm_fp8(
     b
         (E, n, K) fp8.
     expert_offsets
-        (E + 1,) int32: the rows of expert ``e`` are ``expert_offsets[e] : expert_offsets[e + 1]``.
+        (E + 1,) int32, none less than the one before: the rows of expert ``e`` are
+        ``expert_offsets[e] : expert_offsets[e + 1]``.
     a_scale
         None for 1; a number, () or (1,); (rows, 1); (E,) per expert.
     b_scale
@@ -163,14 +179,21 @@ def grouped_gemm_fp8(
 
     Returns
     -------
-    array (rows, n); rows from ``expert_offsets[E]`` on are zero
+    array (rows, n) of ``out_dtype``; rows in front of ``expert_offsets[0]`` and from ``expert_offsets[E]`` on are zero
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
+    RuntimeError
+        If the backend is not available here, or in a CUDA graph capture.
     """
     arguments = Arguments("a", a)
     left = arguments.expect("a", a, FP8, ("rows", "K"))
     right = arguments.expect("b", b, FP8, ("E", "n", left.shape[1]))
     experts, n, _ = right.shape
     arguments.expect("expert_offsets", expert_offsets, ("int32",), (experts + 1,))
-    by_row = arguments.row_scale("a_scale", a_scale, ((), (1,), (left.shape[0], 1), (experts,)))
+    by_row = arguments.row_scale("a_scale", a_scale, (*checks.ONE, (left.shape[0], 1), (experts,)))
     by_weight = arguments.weight_scale("b_scale", b_scale, experts, n, 0)
     shift = arguments.optional("bias", bias, FLOATS, (experts, n))
     dtype = checks.float_dtype("out_dtype", out_dtype)
@@ -180,6 +203,7 @@ def grouped_gemm_fp8(
             reference.grouped_gemm_fp8, a, b, expert_offsets, a_scale=a_scale, b_scale=b_scale, bias=bias,
             out_dtype=dtype,
         )
+    arguments.refuse_capture()
     out = arguments.zeros((left.shape[0], n), dtype)
     if 0 in left.shape or 0 in right.shape:
         return out
@@ -206,7 +230,7 @@ def combine(
     x
         (rows, K) float16, bfloat16 or float32; any distance between rows.
     src2dst_map
-        (M, topk) int32: row of each (token, slot); a slot with -1 adds nothing.
+        (M, topk) int32: row of each (token, slot); a slot with a number outside 0 .. rows - 1 adds nothing.
     topk_weights
         (M, topk) float32; None: weights of 1.
     x_scale, w_scale, bias, row_experts
@@ -217,7 +241,12 @@ def combine(
 
     Returns
     -------
-    array (M, K)
+    array (M, K) of ``out_dtype``
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument: the message names it, what came and what is allowed.
     """
     arguments = Arguments("x", x)
     info = arguments.expect("x", x, FLOATS, ("rows", "K"), rows_only=True)
@@ -226,7 +255,7 @@ def combine(
     weights = arguments.optional("topk_weights", topk_weights, ("float32",), index.shape)
     experts, owners = arguments.experts(row_experts, rows, w_scale=w_scale, bias=bias, x_scale=x_scale)
     by_weight = arguments.weight_scale("w_scale", w_scale, experts, cols, 0)
-    by_row = arguments.row_scale("x_scale", x_scale, ((), (1,), (rows, 1), (experts,)))
+    by_row = arguments.row_scale("x_scale", x_scale, (*checks.ONE, (rows, 1), (experts,)))
     shift = arguments.optional("bias", bias, FLOATS, (experts, cols))
     dtype = info.dtype if out_dtype is None else checks.float_dtype("out_dtype", out_dtype)
     if arguments.on_cpu:

@@ -67,7 +67,8 @@ class Tiles(Generic[T]):
     def key(self, device: int, weights: Weights, rows: int) -> str:
         """Under which `tuning` finds the tile for ``rows`` rows in all."""
         shape = f"{weights.experts} x {weights.n} x {weights.k}"
-        return tuning.key(f"{self._backend} {__version__}", tuning.device_name(device), shape, rows=rows)
+        name = f"{self._backend} {__version__}"
+        return tuning.key(name, tuning.device_name(device), shape, rows=weights.expected(rows))
 
     def default(self, device: int, weights: Weights, rows: int) -> T:
         """The tile for ``rows`` rows in all where tuning has found none."""
@@ -75,7 +76,7 @@ class Tiles(Generic[T]):
         tile: T = next(
             entry.tile for entry in self._preferred
             if average < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
-        )  # fmt: skip
+        )
         return tile
 
     def candidates(self, device: int, weights: Weights, rows: int) -> list[T]:
@@ -97,7 +98,8 @@ class Tiles(Generic[T]):
 
 
 def _average(rows: int, weights: Weights) -> float:
-    """Rows per expert that can have any."""
+    """Rows per expert that can have any, of ``rows`` in all."""
+    rows = weights.expected(rows)
     return rows / max(min(rows, weights.experts), 1)
 
 
@@ -106,14 +108,20 @@ class Weights:
 
     ``batch_invariant``: a row's product must not depend on how many rows there are. ``short_columns``: with no
     more columns than that the sums of the tensor cores, which are shorter than float32, will do for all of them.
+    ``routed_to``: how many experts the rows are spread over, if others are held elsewhere.
     """
 
     def __init__(
         self, pointer: int, experts: int, n: int, k: int, *, paired: bool, batch_invariant: bool = False,
-        short_columns: int = 0,
+        short_columns: int = 0, routed_to: int = 0,
     ) -> None:
         self.pointer, self.experts, self.n, self.k, self.paired = pointer, experts, n, k, paired
         self.batch_invariant, self.short_columns = batch_invariant, 0 if batch_invariant else short_columns
+        self._routed_to = routed_to or experts
+
+    def expected(self, rows: int) -> int:
+        """How many of ``rows`` rows an even routing gives to these experts."""
+        return expected_rows(rows, self.experts, self._routed_to)
 
 
 class Groups(NamedTuple):
@@ -158,6 +166,11 @@ def epilogue(end: End, out: Matrix) -> dict[str, Any]:
         "bias": end.bias.pointer, "scale_in": end.scale.pointer, "scale_value": end.scale.value,
         "scale_expert_stride": end.scale.expert_stride, "partials": end.partials,
     }
+
+
+def expected_rows(rows: int, experts: int, routed_to: int) -> int:
+    """How many of ``rows`` rows go to ``experts`` of the ``routed_to`` experts that they are spread over evenly."""
+    return -(-rows * experts // routed_to)
 
 
 def most_row_tiles(rows: int, tile_rows: int, experts: int) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,7 +48,9 @@ def path() -> Path:
     if not folder:
         caches = os.environ.get("XDG_CACHE_HOME", "")
         # A relative path there is to be ignored, says the XDG specification.
-        folder = os.path.join(caches if os.path.isabs(caches) else os.path.expanduser("~/.cache"), "cupy_moe")
+        caches = caches if os.path.isabs(caches) else os.path.expanduser("~/.cache")
+        # "~" stays where a user has no home.
+        folder = os.path.join(caches if os.path.isabs(caches) else tempfile.gettempdir(), "cupy_moe")
     return Path(folder) / f"tuning-{FORMAT}.json"
 
 
@@ -121,7 +124,10 @@ def _read(where: Path) -> dict[str, Record]:
         return records
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        warnings.warn(f"{where}: cannot be read and is ignored ({error})", RuntimeWarning, stacklevel=3)
+        return {}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         warnings.warn(f"{where}: is no tuning cache and is ignored ({problem})", RuntimeWarning, stacklevel=3)
         return {}
@@ -129,13 +135,14 @@ def _read(where: Path) -> dict[str, Record]:
 
 def _write(where: Path, records: Mapping[str, Record]) -> None:
     """Replace the file in one step: whoever reads it meanwhile finds the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=where.stem, suffix=".tmp")
+    # Not one of `tempfile`, which nobody else could read: a folder may serve several users.
+    temporary = where.with_name(f"{where.stem}-{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "w") as file:
+        with open(temporary, "x") as file:
             json.dump({"format": FORMAT, "records": dict(sorted(records.items()))}, file, indent=1)
         os.replace(temporary, where)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -208,12 +215,21 @@ def fastest(candidates: Sequence[tuple[Record, Step]], result: Any) -> Record:
         # An odd step goes through all rows and columns.
         got = result.reshape(-1)[:: result.size // _SAMPLE | 1].get().astype(np.float64)
         wanted = got if wanted is None else wanted
-        if got is wanted or np.linalg.norm(got - wanted) <= ERROR_LIMIT * np.linalg.norm(wanted):
+        if _same(got, wanted):
             records.append(record)
             graphs.append(graph)
     times = _times(graphs)
     best = times.index(min(times))
     return {**records[best], "us": round(times[best], 3), "default_us": round(times[0], 3)}
+
+
+def _same(got: Any, wanted: Any) -> bool:
+    """Whether two products are the same but for rounding, NaN and infinities included: weights may hold any codes."""
+    finite = np.isfinite(wanted)
+    if not np.array_equal(finite, np.isfinite(got)):
+        return False
+    got, wanted = got[finite], wanted[finite]
+    return bool(np.linalg.norm(got - wanted) <= ERROR_LIMIT * np.linalg.norm(wanted))
 
 
 def _times(calls: Sequence[Step]) -> list[float]:

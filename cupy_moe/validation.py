@@ -9,7 +9,21 @@ from cupy_moe import arrays, e4m3
 from cupy_moe.spec import LayerSpec, Operand
 
 
-def check_tokens(spec: LayerSpec, hidden_states: Any, topk_ids: Any) -> None:
+def check_map(spec: LayerSpec) -> None:
+    """Raise ValueError for an entry of ``expert_map`` that is neither -1 nor an expert."""
+    if not spec.expert_map:
+        return
+    with arrays.numeric_scope(spec.library, spec.device):
+        mapped = spec.library.to_numeric(spec.expert_map.array)
+        wrong = (mapped < -1) | (mapped >= spec.num_experts)
+        if wrong.any():
+            expert = int(wrong.argmax())
+            raise ValueError(
+                f"expert_map: expected -1 to {spec.num_experts - 1}; global expert {expert} has {int(mapped[expert])}"
+            )
+
+
+def check_tokens(spec: LayerSpec, hidden_states: Any, topk_ids: Any, **_: Any) -> None:
     """Raise ValueError for an id that is out of range or a value that is not finite, naming the first such token."""
     library = spec.library
     with arrays.numeric_scope(library, spec.device):

@@ -18,7 +18,8 @@ class Workspace:
     """Device memory for the intermediates of a call; grows when a call needs more, never shrinks.
 
     Layers that run one after another on one stream can share one (``Experts(..., workspace=w)``). Calls on two streams
-    that may overlap need a workspace each. The lock keeps the launches of one call together when threads share one.
+    that may overlap need a workspace each. It is of the device of the first call: a layer of another one raises
+    ValueError. The lock keeps the launches of one call together when threads share one.
 
     Attributes
     ----------

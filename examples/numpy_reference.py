@@ -35,7 +35,7 @@ def main():
     y = cupy_moe.combine(
         product, routing.src2dst_map, topk_weights=topk_weights, x_scale=a2_scale, w_scale=w2_scale,
         row_experts=routing.row_experts, out_dtype="float16",
-    )  # fmt: skip
+    )
 
     in_one_call = cupy_moe.fused_experts(
         hidden_states, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale, per_act_token=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A torch module with the router and the experts of one MoE layer.
+"""A torch module with the router and the experts of one MoE layer, eager and under torch.compile.
 
 On a CUDA device CuPy and torch share memory and stream; without one, torch tensors on the CPU run the reference.
 """
@@ -10,6 +10,20 @@ from torch import nn
 import cupy_moe
 
 M, K, N, E, TOPK = 48, 512, 768, 8, 2  # tokens, hidden size, intermediate size, experts, experts per token
+LAYERS = {}  # by name: an operator of torch takes no Experts
+
+
+# What a call launches are no operators of torch, so torch.compile has to be told what comes out of it.
+@torch.library.custom_op("example::moe", mutates_args=())
+def moe(tokens: torch.Tensor, logits: torch.Tensor, topk: int, layer: str) -> torch.Tensor:
+    """(M, K) and the router's (M, E) -> (M, K)."""
+    topk_weights, topk_ids = cupy_moe.topk_softmax(logits, topk, renormalize=True)
+    return LAYERS[layer](tokens, topk_weights, topk_ids)
+
+
+@moe.register_fake
+def _(tokens, logits, topk, layer):
+    return torch.empty_like(tokens)
 
 
 class MoE(nn.Module):
@@ -21,29 +35,25 @@ class MoE(nn.Module):
         (E, K) float32: in bfloat16 many logits would be equal.
     w1, w2
         (E, 2N, K), gates then ups, and (E, K, N); quantised here with one scale per row.
+    name
+        Of the layer, each its own.
     """
 
-    def __init__(self, router, w1, w2, topk):
+    def __init__(self, router, w1, w2, topk, name):
         super().__init__()
-        self.topk = topk
+        self.topk, self.name = topk, name
         self.register_buffer("router", router)
         # `Experts` holds tensors, not parameters: make the module on the device where it will run.
         q1, w1_scale = quantize_weights(w1)
         q2, w2_scale = quantize_weights(w2)
-        self.experts = cupy_moe.Experts(
+        LAYERS[name] = cupy_moe.Experts(
             q1, q2, w1_scale=w1_scale, w2_scale=w2_scale, per_act_token=True, backend=available_backend(w1.device)
         )
 
     def forward(self, x):
         """(..., K) -> (..., K)."""
         tokens = x.reshape(-1, x.shape[-1])
-        return self.route_and_run(tokens, tokens.float() @ self.router.T).reshape(x.shape)
-
-    @torch.compiler.disable  # torch.compile leaves it as it is: what it launches are no operators of torch
-    def route_and_run(self, tokens, logits):
-        """(M, K) and the router's (M, E) -> (M, K)."""
-        topk_weights, topk_ids = cupy_moe.topk_softmax(logits, self.topk, renormalize=True)
-        return self.experts(tokens, topk_weights, topk_ids)
+        return moe(tokens, tokens.float() @ self.router.T, self.topk, self.name).reshape(x.shape)
 
 
 def quantize_weights(w):
@@ -94,12 +104,14 @@ def main():
     w2 = torch.randn(E, K, N, **like) / N**0.5
     x = torch.randn(3, M // 3, K, **like)
 
-    layer = MoE(router, w1, w2, TOPK)
-    print("backend  " + layer.experts.explain().replace("\n", "\n         "))
+    layer = MoE(router, w1, w2, TOPK, "layer 0")
+    print("backend  " + LAYERS["layer 0"].explain().replace("\n", "\n         "))
     y = layer(x)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert y.device == x.device
+    # With the default backend, or vLLM's, as with this one, which needs no C++ compiler.
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), y)
 
     want = float32_layer(x.reshape(M, K), router, w1, w2).reshape(x.shape)
     error = float((y.float() - want).norm() / want.norm())

@@ -24,7 +24,7 @@ STEP_LIMIT = 3e-3
 """The same of the steps that do not requantise."""
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes if name == "bfloat16" else np, name))
-          for name in ("float16", "bfloat16", "float32")}  # fmt: skip
+          for name in ("float16", "bfloat16", "float32")}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
 W1_KINDS = ("(E,)", "(E, 1)", "(E, 1, 1)", "(E, 2)", "(E, n)", "(E, n, 1)")
 W2_KINDS = ("(E,)", "(E, 1)", "(E, 1, 1)", "(E, n)", "(E, n, 1)")
@@ -53,11 +53,11 @@ _fill_normal = cupy.ElementwiseKernel(
     "float u = (float(z >> 40) + 0.5f) * 5.9604645e-8f, v = float(z & 0xffffff) * 5.9604645e-8f;"
     "y = sqrtf(-2.0f * logf(u)) * cospif(2.0f * v)",
     "cupy_moe_test_normal", preamble=_HASH,
-)  # fmt: skip
+)
 _fill_codes = cupy.ElementwiseKernel(
     "uint64 seed, raw uint8 table", "uint8 code", "code = table[hashed(seed, i) >> 56]", "cupy_moe_test_codes",
     preamble=_HASH,
-)  # fmt: skip
+)
 
 WORKSPACE = Workspace()
 """Shared by the tests on the default stream."""
@@ -112,7 +112,7 @@ def make_layer(
         "w1_scale": weight_scale(rng, kinds[0], experts, rows, hidden),
         "w2_scale": weight_scale(rng, kinds[1], experts, hidden, inner),
         "activation": activation, **options,
-    }  # fmt: skip
+    }
 
 
 def make_routing(seed, tokens, topk, experts, kind="uniform", dtype="int32"):

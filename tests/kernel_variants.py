@@ -19,7 +19,7 @@ MAPS = Maps(*range(ADDRESS, ADDRESS + 5))
 # From one vector per thread up to the most, with few rows and with many.
 ROWS_TO_SCAN = (
     (1, 1024), (5000, 1024), (1, 8192), (1, 16384), (1, 32768), (5000, 24576), (5000, 28672), (5000, 131072),
-)  # fmt: skip
+)
 
 
 class Recorded(NamedTuple):
@@ -56,7 +56,7 @@ def record(calls):
 
     patches = ((compiler, "kernel", FakeKernel), (launches, "Launch", launch), (dispatch, "Launch", launch),
                (sm90, "Launch", launch), (mma, "Launch", launch), (sm90, "tensor_map", lambda *_: (0,) * 16),
-               (compiler, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))  # fmt: skip
+               (compiler, "multiprocessors", lambda _: 132), (compiler, "has_clusters", lambda _: True))
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
@@ -80,7 +80,7 @@ def pairs(ids, topk=2):
 
 def quantize(
     dtype, mode, aligned, *, rows=9, cols=4096, weighted=False, per_expert=False, fresh=False, routing=None
-):  # fmt: skip
+):
     scale = RowScale(ADDRESS, expert_stride=int(per_expert)) if mode == "STATIC" else RowScale()
     x, out = matrix(dtype, cols, aligned[0]), matrix("uint8", cols, aligned[1])
     where = {"routing": routing} if routing else {"topk": 2, "src2dst": ADDRESS, "row_experts": ADDRESS}
@@ -95,7 +95,7 @@ def activate(act, dtype, mode, aligned, bias, per_channel, *, rows=9, cols=1024)
     return lambda: launches.activation_quantize(
         0, mode, act, ACTIVATIONS[act].gated, x, rows, cols, cols, out, cols, w_scale=w_scale,
         bias=Bias(ADDRESS * (bias != "None"), bias), row_experts=ADDRESS, scale=RowScale(value=0.5),
-    )  # fmt: skip
+    )
 
 
 def grouped_gemm(
@@ -106,12 +106,12 @@ def grouped_gemm(
     end = tiles.End(
         kind, act, bias=Bias(ADDRESS, bias), x_scale=RowScale(ADDRESS, row_stride=int(per_row)),
         w_scale=WeightScale(ADDRESS, 2, 1, per_channel=per_channel), partials=0 if per_row else ADDRESS,
-    )  # fmt: skip
+    )
     x, y = Matrix(ADDRESS, k, "uint8"), Matrix(ADDRESS, 512, out)
     return lambda: kernel.grouped_gemm(
         0, kernel.Weights(ADDRESS, 8, 1024, k, paired=ACTIVATIONS[act].gated, batch_invariant=invariant), x, 99,
         tiles.Groups(ADDRESS, ADDRESS), y, end, tile, **options,
-    )  # fmt: skip
+    )
 
 
 def combine(dtype, out_dtype, topk, aligned, bias, per_channel, tokens):
@@ -120,7 +120,7 @@ def combine(dtype, out_dtype, topk, aligned, bias, per_channel, tokens):
     return lambda: launches.combine(
         0, x, 9, tokens, topk, 4096, out, x_scale=RowScale(ADDRESS, 1), w_scale=w_scale,
         bias=Bias(ADDRESS * (bias != "None"), bias), src2dst=ADDRESS, row_experts=ADDRESS, topk_weights=ADDRESS,
-    )  # fmt: skip
+    )
 
 
 def calls():
@@ -135,19 +135,19 @@ def calls():
     made += [quantize("uint8", "STATIC", aligned, weighted=aligned[0] is aligned[1]) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=r, cols=c, weighted=True) for r, c in ROWS_TO_SCAN]
     made += [quantize("float32", mode, ALIGNED[0], rows=rows, fresh=True)
-             for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]  # fmt: skip
+             for mode, rows in itertools.product(("TENSOR", "TOKEN"), (9, 5000))]
     made += [quantize("float16", "TOKEN", ALIGNED[0], rows=rows, cols=28672, fresh=True) for rows in (9, 5000)]
     for i, (mode, dtype) in enumerate(itertools.product(("STATIC", "TOKEN"), FLOATS)):
         routing = pairs(("int32", "int64")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], weighted=i % 3 == 0, per_expert=i % 2 == 1, routing=routing))
     made += [quantize(dtype, "TENSOR", ALIGNED[i], rows=rows, routing=pairs("int32"))
-             for i, dtype in enumerate(FLOATS) for rows in (2, 9)]  # fmt: skip
+             for i, dtype in enumerate(FLOATS) for rows in (2, 9)]
     for i, (mode, dtype, rows) in enumerate(itertools.product(enum("Mode"), FLOATS, (300, 2000))):
         routing = pairs(("int64", "int32")[i % 2])
         made.append(quantize(dtype, mode, ALIGNED[i % 4], rows=rows, cols=(1024, 4096)[i % 3 > 0], routing=routing))
     made += [quantize("uint8", "STATIC", aligned, routing=pairs("int64")) for aligned in ALIGNED]
     made += [quantize("float32", "TOKEN", ALIGNED[0], rows=1, cols=cols, routing=pairs("int32"))
-             for _, cols in ROWS_TO_SCAN[:7]]  # fmt: skip
+             for _, cols in ROWS_TO_SCAN[:7]]
     packed, codes = Matrix(ADDRESS, 1024, launches.PACKED), matrix("uint8", 1024, True)
     made += [
         lambda m=mode: launches.requantize(0, m, packed, 999, ADDRESS, 8, codes, partials=ADDRESS, scale_out=ADDRESS)
@@ -168,20 +168,20 @@ def calls():
     ]
     made.append(combine("float16", "float16", 2, ALIGNED[0], "None", False, 2000))
     made += [lambda n=n: launches.shuffle_rows(0, ADDRESS, 48 * n, 9, ADDRESS, 18, 32 * n + n, ADDRESS)
-             for n in (1, 2, 4, 8, 16)]  # fmt: skip
+             for n in (1, 2, 4, 8, 16)]
     made += [lambda d=d, e=e: launches.topk_softmax(0, matrix(d, e, True), 9, e, 2, True, ADDRESS, ADDRESS)
-             for d, e in zip((*FLOATS, "float16"), (8, 64, 160, 1024), strict=True)]  # fmt: skip
+             for d, e in zip((*FLOATS, "float16"), (8, 64, 160, 1024), strict=True)]
     for tile in sm90.TILES:
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
-                 for out, invariant in itertools.product(("float16", "float32"), (False, True))]  # fmt: skip
+                 for out, invariant in itertools.product(("float16", "float32"), (False, True))]
         made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", k=sm90.IN_STEP_COLUMNS)]
         if tile.window == 0:
             continue
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)
-                 for bias in biases]  # fmt: skip
+                 for bias in biases]
         made += [grouped_gemm(sm90, tile, "ACTIVATED", "float32", per_channel=True, per_row=True)]
         made += [grouped_gemm(sm90, tile, "PACKED", launches.PACKED, act, per_channel=per_row, per_row=per_row)
-                 for per_row, act in ((False, "silu"), (True, "silu"), (True, "gelu_no_mul"))]  # fmt: skip
+                 for per_row, act in ((False, "silu"), (True, "silu"), (True, "gelu_no_mul"))]
         made += [
             grouped_gemm(sm90, tile, "ACTIVATED", "float32", act, biases[i % 4], i // 4 % 2 > 0, i % 2 > 0, i % 3 == 2)
             for i, act in enumerate(ACTIVATIONS)

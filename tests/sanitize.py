@@ -128,7 +128,7 @@ def activate(rng, routing):
             options = {
                 "w_scale": rng.uniform(0.5, 1, (EXPERTS, gated * cols)).astype(np.float32),
                 "bias": draw(rng, (EXPERTS, gated * cols)), "row_experts": routing.row_experts, "limit": 2e-2,
-            }  # fmt: skip
+            }
             for many in (grids.MANY_ROWS, 1):  # one vector to a thread, or two
                 with mock.patch.object(grids, "MANY_ROWS", many):
                     compare(f"{activation} {cols} tensor", "activation_quantize", x, activation, **options)
@@ -148,7 +148,7 @@ def combine_and_choose(rng, routing):
             "w_scale": rng.uniform(0.5, 1, (EXPERTS, cols)).astype(np.float32), "bias": draw(rng, (EXPERTS, cols)),
             "row_experts": routing.row_experts, "topk_weights": rng.uniform(0, 1, (7, TOPK)).astype(np.float32),
             "out_dtype": "bfloat16", "limit": 3e-3,
-        }  # fmt: skip
+        }
         x = draw(rng, (rows, cols), np.float16)
         with mock.patch.object(grids, "MANY_ROWS", many):  # a block takes one token, or some of them
             compare(f"{cols}", "combine", x, routing.src2dst_map, **options)
@@ -207,12 +207,12 @@ def gemm_and_layers(rng, routing, backend):
             "w1_scale": rng.uniform(1e-3, 2e-3, (EXPERTS, 2)).astype(np.float32),
             "w2_scale": rng.uniform(1e-3, 2e-3, (EXPERTS, hidden)).astype(np.float32),
             "w1_bias": draw(rng, (EXPERTS, 2 * inner)),
-        }  # fmt: skip
+        }
         modes = {
             "tensor": {}, "token": {"per_act_token": True}, "static": {"a1_scale": 0.01, "a2_scale": 0.02},
             "weight on input": {"apply_router_weight_on_input": True},
             "weight on input, per token": {"apply_router_weight_on_input": True, "per_act_token": True},
-        }  # fmt: skip
+        }
         if inner > grids.MAX_ROW_THREADS * grids.VECTOR:
             modes = {"token": modes["token"]}
         for mode, options in modes.items():

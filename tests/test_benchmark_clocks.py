@@ -67,7 +67,7 @@ def test_sustained(no_clock, nvml, monkeypatch, tmp_path, capsys):
     assert content["header"]["dense"]["after"]["fp8_flop_s"] == pytest.approx(1e15)
     assert [(one["impl"], one["M"], one["us"], one["sm_mhz"]) for one in content["records"]] == [
         ("cupy_moe", 5, 10, 1400), ("cupy_moe", 600, 10, 1400)
-    ]  # fmt: skip
+    ]
     assert sum(one["rounds"] * one["replays"] for one in replays[3:6]) * 10e-6 == pytest.approx(1.5, abs=1e-3)
     monkeypatch.setitem(sustained.ERROR_LIMITS, "cupy_moe", 0)
     assert sustained.main(arguments) == 1
@@ -115,7 +115,7 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
     assert content["header"]["dense"]["flop_s"] == pytest.approx(2 * 8192**3 / 2e-6, rel=0.01)
     assert [(record["shape"], record["M"]) for record in content["records"]] == [([*SHAPE], 5), ([*SHAPE], 600)]
     keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
-            "floor_us", "err"}  # fmt: skip
+            "floor_us", "err"}
     assert all(keys <= record.keys() for record in content["records"])
     one = content["records"][1]
     assert one["us"] == pytest.approx(sum(one["parts"].values()), rel=0.02)

@@ -94,5 +94,5 @@ def test_tables():
     records += [
         {"kind": "gemm", "K": 128, "result": result, "fast_accumulation": fast, "err": None if fast else 1.24e-4}
         for result in ("float16", "float32") for fast in (False, True)
-    ]  # fmt: skip
+    ]
     assert accuracy.gemm_accuracy(records)[-1] == "| 128 | 1.2e-04 | 1.2e-04 | not offered | not offered |"

@@ -29,7 +29,7 @@ from benchmarks import (  # noqa: E402
     tiles,
     timeline,
     timing,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_largest_activation_is_exact():
     activated = [
         expected.silu_and_mul((codes[t].float() * scale) @ (x.weights.w1[e].float() * x.weights.w1_scale[e]).T)
         for t in range(300) for e in x.topk_ids[t].tolist()
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(expected.largest_activation(x), torch.stack(activated).abs().max(), rtol=1e-5, atol=0)
 
 
@@ -129,7 +129,7 @@ def test_table(no_clock, tmp_path, capsys):
     assert content["header"]["skipped"].keys() == {"vllm"}
     assert "--vllm-ops DIR --out FILE.json" in content["header"]["command"]
     keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
-            "floor_us", "err"}  # fmt: skip
+            "floor_us", "err"}
     assert all(keys <= record.keys() for record in content["records"])
     assert all(record["err"] < 1e-2 < record["err_unquantized"] < 1e-1 for record in content["records"])
     # 2 cells and 2 schemes: uniform in 2 modes and 2 states of the L2, skewed in one of each
@@ -145,7 +145,7 @@ def test_invariance(no_clock, monkeypatch, tmp_path, capsys):
     content = json.loads(out.read_text())
     assert [(record["M"], record["batch_invariant"]) for record in content["records"]] == [
         (5, False), (5, True), (600, False), (600, True)
-    ]  # fmt: skip
+    ]
     assert all(record["us"] == 10 and record["err"] < 1e-2 for record in content["records"])
     assert all(0 < record["floor_us"] < 10 for record in content["records"])
     assert "1.000 times as long as without it (geometric mean of 2 cells" in capsys.readouterr().out
@@ -224,12 +224,12 @@ def launch(kernel, grid, block, *, shared_bytes=0, **arguments):
 @pytest.mark.parametrize(
     ("build", "scheme"), [(build, scheme) for build, schemes in step_cases.STEPS for scheme in schemes],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
-)  # fmt: skip
+)
 def test_steps(build, scheme):
     case = step_cases.Case(SHAPE, 70, device="cpu")
     with mock.patch.object(compiler, "kernel", FakeKernel), mock.patch.object(launches, "Launch", launch), \
             mock.patch.object(dispatch, "Launch", launch), mock.patch.object(dispatch, "ALONE_ELEMENTS", 0), \
-            mock.patch.object(compiler, "multiprocessors", return_value=132):  # fmt: skip
+            mock.patch.object(compiler, "multiprocessors", return_value=132):
         step = build(case, scheme)
     behind_amax = scheme == "tensor" and build in (step_cases.quantize, step_cases.activation)
     assert len(step.launches) == len(step.moved) == (2 if behind_amax else 1)
@@ -245,7 +245,7 @@ def test_packed_step(scheme):
     """The step takes the packed form, whose words have the upper bytes of the values that are expected of it."""
     case = step_cases.Case(SHAPE, 70, device="cpu")
     with mock.patch.object(gemms, "PACKED_ROWS", {scheme: 0}), mock.patch.object(compiler, "kernel", FakeKernel), \
-            mock.patch.object(launches, "Launch", launch):  # fmt: skip
+            mock.patch.object(launches, "Launch", launch):
         step = step_cases.requantize(case, scheme)
     assert [launched.kernel.name for launched in step.launches] == ["requantize"]
     assert step.want().shape == (case.rows, case.inner)

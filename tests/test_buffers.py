@@ -25,16 +25,19 @@ KINDS = {"cublaslt": CublasltGemms, "sm90": Sm90Gemms, "sm90 static": Sm90Gemms,
 """What GEMM 1 leaves depends on: the backend and, for our own kernels, whether the scale of its codes is given."""
 
 
-def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=False, invariant=False):
+def make_layer(kind, experts, hidden, intermediate, *, gated=True, per_token=False, invariant=False, routed_to=0):
     """What `Buffers` takes of a layer; the sizes are multiples of 16."""
     address = SimpleNamespace(data=SimpleNamespace(ptr=0))
     return SimpleNamespace(
         hidden=hidden, intermediate=intermediate, product=intermediate * (2 if gated else 1),
-        spec=SimpleNamespace(num_experts=experts, per_act_token=per_token, batch_invariant=invariant),
+        spec=SimpleNamespace(
+            num_experts=experts, experts_routed_to=routed_to or experts, per_act_token=per_token,
+            batch_invariant=invariant,
+        ),
         expert_offsets=address, expert_counts=address, spans=address,
         a2_scale=RowScale(value=0.5) if kind.endswith("static") else None,
         gemms=SimpleNamespace(inner=partial(KINDS[kind].inner, KINDS[kind])),
-    )  # fmt: skip
+    )
 
 
 def up(nbytes):
@@ -116,6 +119,8 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
         (1535, 2048, {"per_token": True}, "float32"),
         (8192, 2064, {"per_token": True}, "float32"),
         (8192, 1024, {"per_token": True, "invariant": True}, "float32"),
+        (1000, 2048, {"routed_to": 32}, "float32"),  # only 250 of them have an expert here, as far as one can expect
+        (8192, 2048, {"routed_to": 32}, "packed"),
     ],
 )
 def test_what_is_packed(rows, columns, options, dtype):

@@ -29,7 +29,8 @@ LAYERS = {
     "batch invariant": {"batch_invariant": True, "a2_scale": 0.5},
 }
 RIGHT = [{}, {"out": floats(M, K)}, {"topk_ids": np.zeros((M, 2), np.int64)}]
-RIGHT += [{"hidden_states": FP8_HIDDEN, "a1_scale": scale} for scale in (0.5, floats(), floats(1), floats(M, 1))]
+SCALES = (0.5, floats(), floats(1), floats(1, 1), floats(M, 1))
+RIGHT += [{"hidden_states": FP8_HIDDEN, "a1_scale": scale} for scale in SCALES]
 RIGHT_PADDED = [{}, {"out": floats(E, MAX_TOKENS, K)}]
 PADDED_SCALES = (0.5, floats(1), floats(E, MAX_TOKENS, 1))
 RIGHT_PADDED += [{"hidden_states": FP8_PADDED, "a1_scale": scale} for scale in PADDED_SCALES]
@@ -40,7 +41,7 @@ def describe(layer, options, *, padded):
     return spec.describe_call(
         layer, options["hidden_states"], ids, options.get("topk_weights"), options.get("out"), options.get("a1_scale"),
         padded=padded,
-    )  # fmt: skip
+    )
 
 
 def is_right(layer, call):

@@ -54,7 +54,7 @@ VALUES = {
     "shuffle.cu": {"Word": {"u8", "u16", "u32", "u64", "uint4"}},
     "topk_softmax.cu": {"In": TYPES, "VALUES": {1, 2, 5, 32}},
     "route.cu": {"Id": {"int", "long long"}, "CLUSTER": {1, dispatch.ROUTE_CLUSTER}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", VALUES)
@@ -120,7 +120,7 @@ PROPERTIES = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers(.*?(?P<constants>\d+) bytes cmem\[0\])?",
     re.S,
-)  # fmt: skip
+)
 REGISTERS = 65536
 """Of a block at most, on every architecture."""
 MMA_ON = {True: ("sm_89", "sm_90", "sm_100", "sm_120"), False: ("sm_80", "sm_86", "sm_90")}

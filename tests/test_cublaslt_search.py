@@ -194,7 +194,7 @@ def test_environment_is_not_second_guessed(system, monkeypatch, tmp_path):
     system({good: Content(131000), "/mine": Content(130100), SYSTEM[0]: Content(131000)})
     assert cublaslt.search(H100)[0].path == good
     for path, problem in (("/mine", "cuBLAS 13.1.0 at /mine (through CUPY_MOE_CUBLASLT) is too old"),
-                          ("/none", "cuBLAS at /none (through CUPY_MOE_CUBLASLT) cannot be opened: ")):  # fmt: skip
+                          ("/none", "cuBLAS at /none (through CUPY_MOE_CUBLASLT) cannot be opened: ")):
         cublaslt.search.cache_clear()
         monkeypatch.setenv(ENVIRONMENT, path)
         found, reason = cublaslt.search(H100)
@@ -224,7 +224,7 @@ class TestRealFiles:
         ("long cublasLtGetVersion() { return 131002; }", "has no grouped matmul"),
         ("long cublasLtGetVersion() { return 130400; } void cublasLtGroupedMatrixLayoutCreate() {}", "is too old"),
         ("void unrelated() {}", "is no cuBLASLt"),
-    ], ids=["good", "not grouped", "too old", "another library"])  # fmt: skip
+    ], ids=["good", "not grouped", "too old", "another library"])
     def test_compiled_library(self, monkeypatch, tmp_path, source, problem):
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:

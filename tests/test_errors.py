@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rejections import assert_rejected
 
+import cupy_moe
 from cupy_moe import Experts, Workspace
 
 K, N, E = 32, 16, 4
@@ -135,7 +136,7 @@ WRONG = [
     ("validate", 0, TypeError, ("True or False", "got 0")),
     ("workspace", 1 << 20, TypeError, ("cupy_moe.Workspace", "got int")),
     ("workspace", Workspace, TypeError, ("cupy_moe.Workspace", "got type")),
-]  # fmt: skip
+]
 
 
 def _name(value):
@@ -228,7 +229,7 @@ WRONG_SIZES = [
 @pytest.mark.parametrize(
     ("method", "options", "name", "kind", "parts"), WRONG_SIZES,
     ids=[f"{case[0]} {' '.join(map(_name, case[1].values()))}" for case in WRONG_SIZES],
-)  # fmt: skip
+)
 def test_wrong_size(method, options, name, kind, parts):
     assert_rejected(kind, name, parts, getattr(Experts(**layer_arguments()), method), **options)
 
@@ -255,14 +256,14 @@ def test_copies(make):
 
 
 @pytest.mark.parametrize("name", ["w2", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_bias", "w2_bias",
-                                  "expert_map"])  # fmt: skip
+                                  "expert_map"])
 @pytest.mark.parametrize("first", ["numpy", "torch"])
 def test_mixed_kinds(first, name):
     torch = pytest.importorskip("torch")
     arguments = layer_arguments() | {
         "a1_scale": floats(1), "a2_scale": floats(1), "w1_bias": floats(E, 2 * N), "w2_bias": floats(E, K),
         "expert_map": np.zeros(8, np.int32),
-    }  # fmt: skip
+    }
     as_bits = {key: x.view(np.uint8) if x.dtype == FP8 else x for key, x in arguments.items()}
     as_torch = {key: torch.from_numpy(x) for key, x in as_bits.items()}
     Experts(**as_torch)
@@ -276,8 +277,36 @@ def test_mixed_kinds(first, name):
 def test_tensors_without_memory(name):
     torch = pytest.importorskip("torch")
     arguments = {key: torch.from_numpy(x.view(np.uint8) if x.dtype == FP8 else x)
-                 for key, x in layer_arguments().items()}  # fmt: skip
+                 for key, x in layer_arguments().items()}
     on_meta = arguments[name].to("meta")
     assert_rejected(TypeError, name, ("in memory", "'cpu' or 'cuda'", "'meta'"), Experts, **arguments | {name: on_meta})
     sparse = arguments[name].to_sparse()
     assert_rejected(TypeError, name, ("dense",), Experts, **arguments | {name: sparse})
+    # What stands for other tensors has the address 0, which means "not given" to a kernel.
+    class Wrapper(torch.Tensor):
+        __torch_dispatch__ = None
+
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, arguments[name].shape, dtype=arguments[name].dtype)
+    assert_rejected(TypeError, name, ("without memory of its own", "to_local"), Experts, **arguments | {name: wrapper})
+
+
+def test_numbers_of_the_map():
+    arguments = layer_arguments() | {"validate": True}
+    Experts(**arguments, expert_map=np.array([0, -1, E - 1], np.int32))
+    for wrong in (E, -2):
+        parts, mapped = (f"-1 to {E - 1}", f"global expert 1 has {wrong}"), np.array([0, wrong], np.int32)
+        assert_rejected(ValueError, "expert_map", parts, Experts, **arguments, expert_map=mapped)
+
+
+def test_block_wise_scales():
+    parts = ("(E, 1, 1)".replace("E", str(E)), "block-wise scales are not supported", "got (")
+    assert_rejected(ValueError, "w1_scale", parts, Experts, **layer_arguments() | {"w1_scale": floats(E, 2, 3)})
+
+
+def test_repr():
+    assert repr(Experts(**layer_arguments())) == f"<Experts E={E}, K={K}, N={N}, silu, reference on the CPU>"
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda:0", TypeError), (-1, ValueError), (True, TypeError)])
+def test_backends_of_no_device(device, kind):
+    assert_rejected(kind, "device", (repr(device),), cupy_moe.backends, device)

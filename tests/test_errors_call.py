@@ -77,7 +77,11 @@ WRONG_CALLS = [
     ({"topk_ids": np.zeros((2, M), np.int32).T}, "topk_ids", ValueError, CONTIGUOUS),
     (
         {"topk_ids": np.zeros((M, 0), np.int32), "topk_weights": floats(M, 0)},
-        "topk_ids", ValueError, ("at least one expert", f"({M}, 0)"),
+        "topk_ids", ValueError, ("from 1 to 1024 experts", f"({M}, 0)"),
+    ),
+    (
+        {"topk_ids": np.zeros((M, 1025), np.int32), "topk_weights": floats(M, 1025)},
+        "topk_ids", ValueError, ("from 1 to 1024 experts", f"({M}, 1025)"),
     ),
     ({"topk_weights": np.ones((M, TOPK), np.float16)}, "topk_weights", TypeError, ("float32", "got float16")),
     ({"topk_weights": np.ones((M, TOPK))}, "topk_weights", TypeError, ("float32", "got float64")),
@@ -104,7 +108,7 @@ WRONG_CALLS = [
     ({"out": np.lib.stride_tricks.as_strided(floats(2 * K), (M, K), (4, 4))}, "out", ValueError, ROWS),
     ({"out": read_only(M, K)}, "out", ValueError, ("written to", "read-only")),
     ({"out": "float32"}, "out", TypeError, ("numpy array", "got str")),
-]  # fmt: skip
+]
 
 
 def names(cases):
@@ -144,7 +148,7 @@ WRONG_BATCHED = [
     ({"out": floats(E, MAX_TOKENS + 1, K)}, "out", ValueError, (f"({E}, {MAX_TOKENS}, {K})", "got (4, 6, 32)")),
     ({"out": floats(E, MAX_TOKENS, 2 * K)[..., :K]}, "out", ValueError, CONTIGUOUS),
     ({"out": read_only(E, MAX_TOKENS, K)}, "out", ValueError, ("written to", "read-only")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "name", "kind", "parts"), WRONG_BATCHED, ids=names(WRONG_BATCHED))
@@ -198,7 +202,7 @@ def test_out_has_the_dtype_asked_for():
     layer = Experts(**LAYER, out_dtype="float16")
     assert_rejected(TypeError, "out", ("expected float16;", "got float32"), layer, **CALL, out=floats(M, K))
     assert_rejected(TypeError, "out", ("expected float16;", "got bfloat16"), layer.batched, **PADDED,
-                    out=np.ones((E, MAX_TOKENS, K), BF16))  # fmt: skip
+                    out=np.ones((E, MAX_TOKENS, K), BF16))
 
 
 def test_no_router_weight_in_the_padded_form():
@@ -221,7 +225,7 @@ FUSED_WRONG = [
     ("validate", 1, TypeError, ("True or False", "got 1")),
     ("batch_invariant", "yes", TypeError, ("True or False", "got 'yes'")),
     ("per_act_token", "yes", TypeError, ("True or False", "got 'yes'")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "value", "kind", "parts"), FUSED_WRONG, ids=[case[0] for case in FUSED_WRONG])

@@ -49,7 +49,7 @@ STEPS = {
         "w_scale": floats(E, C), "bias": floats(E, C), "row_experts": ints(ROWS),
     },
     "topk_softmax": {"gating": floats(M, E), "topk": TOPK},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -155,7 +155,7 @@ WRONG = [
     ("topk_softmax", {"topk": 0}, "topk", ValueError, ("from 1 to 4", "got 0")),
     ("topk_softmax", {"topk": "2"}, "topk", TypeError, ("integer", "got '2'")),
     ("topk_softmax", {"renormalize": None}, "renormalize", TypeError, ("True or False", "got None")),
-]  # fmt: skip
+]
 
 
 def _name(step, changes):
@@ -215,6 +215,15 @@ def test_tensors_without_memory(step):
     meta = torch.empty(STEPS[step][first].shape, device="meta")
     parts = ("in memory", "'cpu' or 'cuda'", "'meta'")
     assert_rejected(TypeError, first, parts, getattr(cupy_moe, step), **(STEPS[step] | {first: meta}))
+
+
+def test_shuffle_rows_onto_itself():
+    """Rows would be read that have been written already."""
+    x, index = np.arange(24, dtype=np.float32).reshape(6, 4), np.array([2, 0, 1], np.int32)
+    for out in (x[:3], x[3:], x[1:4]):
+        parts = ("apart from that of x", "overlaps")
+        assert_rejected(ValueError, "out", parts, cupy_moe.shuffle_rows, x[:4], index, out=out)
+    assert cupy_moe.shuffle_rows(x[:3], index, out=x[3:]).tolist() == x[[2, 0, 1]].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "complex64"])

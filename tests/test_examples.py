@@ -24,7 +24,7 @@ def run(name):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / name)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 

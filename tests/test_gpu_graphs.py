@@ -23,6 +23,7 @@ from gpu_cases import (
     to_torch,
 )
 
+import cupy_moe
 from cupy_moe import Experts, Workspace, fused, fused_experts, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
@@ -172,6 +173,32 @@ def test_fused_experts_keeps_what_is_recorded(seed, monkeypatch):
             cupy.cuda.runtime.memsetAsync(memory.ptr, 0xFF, memory.size, stream.ptr)
         replay(graph, stream)
         assert same_bits(out, want)
+
+
+def test_what_cannot_be_captured(seed):
+    """It says so, and the capture goes on."""
+    layer, hidden, weights, ids = make_small(seed)
+    experts, out = Experts(**layer), poisoned(hidden.shape, "bfloat16")
+    checking, slow = Experts(**layer, validate=True), Experts(**layer, backend="reference")
+    want = experts(hidden, weights, ids)
+    w1, many = layer["w1"], cupy.zeros((5000, 2), np.int32)
+    offsets = cupy.asarray(np.linspace(0, len(w1[0]), len(w1) + 1), np.int32)
+
+    def everything():
+        for each in (checking, slow):
+            with pytest.raises(RuntimeError, match=r"^a call with .* waits for the device, which a CUDA graph cannot"):
+                each(hidden, weights, ids)
+        for step in (
+            lambda: cupy_moe.quantize_fp8(hidden), lambda: cupy_moe.activation_quantize(hidden),
+            lambda: cupy_moe.route(many, 6), lambda: cupy_moe.grouped_gemm_fp8(w1[0], w1, offsets),
+        ):
+            with pytest.raises(RuntimeError, match=r"^this step takes scratch memory of its own"):
+                step()
+        experts(hidden, weights, ids, out)
+
+    graph, stream = capture(everything)
+    replay(graph, stream)
+    assert same_bits(out, want)
 
 
 @pytest.mark.parametrize("mode", MODES)

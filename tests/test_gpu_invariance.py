@@ -52,7 +52,7 @@ CASES = {
     "relu2_no_mul token": (
         (8, 2, 1024, 512), (64, 1000), {"activation": "relu2_no_mul", "bias": "bfloat16", "per_act_token": True}
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=NAMES)

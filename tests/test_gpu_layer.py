@@ -27,7 +27,7 @@ from gpu_cases import (
     relative_error,
     run_layer,
     same_bits,
-)  # fmt: skip
+)
 
 from cupy_moe import Experts, Workspace, backend, products, reference
 
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 SHAPES = ((8, 2, 4096, 28672), (8, 2, 14336, 4096), (64, 6, 2048, 1408), (32, 8, 1024, 1024), (40, 8, 1024, 1536))
 REAL_SHAPES = (
     (16, 4, 2048, 768), (16, 4, 2880, 2880), (16, 4, 4096, 1536), (16, 4, 5120, 1536), (16, 4, 7168, 2048)
-)  # fmt: skip
+)
 TOKENS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 222, 1000, 4096)
 DTYPE_OF = {tokens: list(DTYPES)[i % 3] for i, tokens in enumerate(TOKENS)}
 
@@ -175,7 +175,7 @@ def test_more_than_2_to_31_elements(routing, seed):
     want = reference.fused_experts(
         hidden.view(np.uint16)[some].view(hidden.dtype), topk_weights=weights[some], topk_ids=ids[some],
         out_dtype="float32", **layer,
-    )  # fmt: skip
+    )
     assert relative_error(out.view(np.uint16)[some].view(out.dtype), want) <= LAYER_LIMIT
 
 
@@ -219,7 +219,7 @@ def test_random_layers(case):
         "apply_router_weight_on_input": pick(False, False, True),
         "a1_scale": pick(None, None, 0.011, cupy.asarray(rng.uniform(0.008, 0.014, experts), np.float32)),
         "a2_scale": pick(None, None, 0.02, cupy.asarray(rng.uniform(0.01, 0.03, experts), np.float32)),
-    }  # fmt: skip
+    }
     if pick(False, False, True):
         options["expert_map"] = cupy.asarray(rng.permutation(experts + 3) - pick(0, 3), np.int32)
     dtype, routing, offset = pick(*DTYPES), pick(*ROUTINGS, "wild"), pick(0, 0, 1, 8)

@@ -45,7 +45,7 @@ def footprint():
     return {
         "pool in use": pool.used_bytes(), "pool": pool.total_bytes(), "device": total - free,
         "process": pages * os.sysconf("SC_PAGE_SIZE"),
-    }  # fmt: skip
+    }
 
 
 def assert_no_growth(before, after):
@@ -216,7 +216,7 @@ def test_contents_changed_in_place(hidden, inner, seed):
             a1_scale=cupy.asarray(rng.uniform(0.008, 0.012, 6), np.float32),
             a2_scale=cupy.asarray(rng.uniform(0.015, 0.03, 1), np.float32),
             expert_map=cupy.asarray(rng.permutation(6), np.int32),
-        )  # fmt: skip
+        )
 
     layer, x, *call = make(seed)
     results = [check_fused(layer, x, *call)]
@@ -261,7 +261,7 @@ def test_options_are_told_apart(seed):
     variants = [
         {}, {"per_act_token": True}, {"activation": "gelu"}, {"apply_router_weight_on_input": True},
         {"expert_map": cupy.asarray([5, 4, 3, 2, 1, 0], np.int32)}, {"w1_bias": normal(seed, (6, 512))},
-    ]  # fmt: skip
+    ]
     results = [check_fused({**layer, **options}, x, *call) for options in variants + variants]
     for i in range(len(variants)):
         assert same_bits(results[i], results[i + len(variants)])

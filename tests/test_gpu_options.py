@@ -78,7 +78,7 @@ def test_bias(bias, scheme, activation, seed):
             check_layer({key: value for key, value in case[0].items() if key != name}, *case[1:])
 
 
-@pytest.mark.parametrize("kind", ["number", "()", "(1,)", "(M, 1)"])
+@pytest.mark.parametrize("kind", ["number", "()", "(1,)", "(1, 1)", "(M, 1)"])
 @pytest.mark.parametrize("weight_on_input", [False, True])
 def test_fp8_hidden_states(kind, weight_on_input, seed):
     layer, hidden, *call = make_small(seed, per_act_token=True, apply_router_weight_on_input=weight_on_input)
@@ -141,7 +141,7 @@ def test_routing(tokens, topk, experts, routing, scheme, seed):
     inner = 8192 if tokens == 2 else 512
     check_layer(*make_small(
         seed, tokens=tokens, topk=topk, experts=experts, routing=routing, inner=inner, **SCHEMES[scheme]
-    ))  # fmt: skip
+    ))
 
 
 # ---- sizes, memory layout, result ---------------------------------------------------------------------------------
@@ -193,6 +193,18 @@ def test_rows_apart(dtype, scheme, seed):
         assert same_bits(cupy.ascontiguousarray(wide_out.view(word)[place]), packed.view(word))
         left = wide_out.view(np.uint8).sum(dtype=np.int64) - packed.view(np.uint8).sum(dtype=np.int64)
         assert int(left) == 255 * (wide_out.nbytes - packed.nbytes), "wrote between the rows"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", [3, 65, 2100])
+def test_result_in_place_of_the_hidden_states(tokens, scheme, seed):
+    """As one layer follows another: each call reads what the one before has written."""
+    layer, hidden, *call = make_small(seed, tokens=tokens, **SCHEMES[scheme])
+    experts, chained, x = Experts(**layer, workspace=WORKSPACE), hidden, hidden.copy()
+    for _ in range(5):
+        chained = experts(chained, *call)
+        assert experts(x, *call, x) is x
+    assert same_bits(x, chained)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "uint8"])

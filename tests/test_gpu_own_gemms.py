@@ -80,6 +80,40 @@ def test_in_step(counts, tile, seed, monkeypatch):
     assert same_bits(got, want)
 
 
+HOLD = r"""
+extern "C" __global__ void hold(long long nanoseconds) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < nanoseconds);
+}
+"""
+
+
+@pytest.mark.parametrize("tile", [next(tile for tile in TILES["sm90"] if tile.tile.cluster > 1)], ids=str)
+def test_in_step_beside_another_kernel(tile, seed, monkeypatch):
+    """Which keeps some clusters from running: those that do run wait for them once, and not in each of their waves."""
+    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
+    case = Case(seed, [tile.tile.rows * 250], 4096, 256)
+    want, _ = case.product(tile, "float16")
+    hold = cupy.RawKernel(HOLD, "hold")
+    hold.max_dynamic_shared_size_bytes = 200 << 10
+    other, times = cupy.cuda.Stream(non_blocking=True), []
+    for _ in range(3):
+        start, stop, held = (cupy.cuda.Event() for _ in range(3))
+        cupy.cuda.Device().synchronize()
+        hold((8,), (32,), (300_000_000,), stream=other, shared_mem=200 << 10)
+        held.record(other)
+        start.record()
+        got, _ = case.product(tile, "float16")
+        stop.record()
+        stop.synchronize()
+        assert not held.done, "multiprocessors were held all the time"
+        held.synchronize()
+        assert same_bits(got, want)
+        times.append(cupy.cuda.get_elapsed_time(start, stop))
+    assert min(times) < 40, "milliseconds; patience in each wave would take some 80"
+
+
 @pytest.mark.parametrize("tile", [tile for tile in ALL if tile.bare], ids=str)
 @pytest.mark.parametrize("n", [16, 128, 4112])
 @pytest.mark.parametrize("k", [16, 144, 1024])
@@ -167,7 +201,7 @@ def test_nan(kernel, seed):
 def test_ends(tile, seed):
     """Activated values, their maximum and their codes at every row count; scales of every kind."""
     sizes = ((16, 16, "row", "(E,)"), (19, 272, "expert", "(E, 2)"), (272, 1040, "one", "(E, 1)"),
-             (7, 48, "number", "(E, 1, 1)"))  # fmt: skip
+             (7, 48, "number", "(E, 1, 1)"))
     for cols, k, x_kind, kind in sizes:
         Layer(seed, all_edges(tile.kernel), cols, k, kind=kind, x_kind=x_kind).check(tile, per_expert=cols % 16 > 0)
     Layer(seed, [0] * 40, 16, 48).check(tile)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.gpu
 
 WIDTHS = (
     (1, 1), (3, 7), (11, 2880), (17, 2880), (130, 4096), (2, 14344), (9, 14344), (3, 28673), (1030, 2880), (1024, 4090),
-)  # fmt: skip
+)
 
 
 def check_quantize(x, scale=None, **options):
@@ -118,7 +118,7 @@ def test_quantize_special_rows(per_token, seed):
 FEW_PAIRS = (
     (1, 1, 1, 7), (8, 3, 2, 4096), (64, 85, 6, 700), (600, 64, 8, 1024), (5, 170, 3, 40), (3, 512, 1, 72),
     (3, 513, 1, 72), (600, 256, 8, 1032), (64, 341, 6, 700), (8, 1024, 2, 264), (5, 2048, 1, 7), (300, 8, 256, 4104),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "wild", "mapped"])
@@ -147,7 +147,7 @@ def test_route_quantize(experts, tokens, topk, cols, mode, kind, seed):
             tables=Tables(tables.data.ptr, (1000, 0, 0, 0), (cols, 0, 0, 0)),
         ),
         scale=RowScale(value=given or 1.0), scale_out=scales.data.ptr, partials=partials.data.ptr,
-    )  # fmt: skip
+    )
     names = [launch.kernel.name for launch in launched]
     alone = tokens * cols <= dispatch.ALONE_ELEMENTS and tokens * topk <= MAX_ROW_THREADS
     assert names == ["amax_tokens"] * (mode == "TENSOR" and not alone) + ["route_quantize"]

@@ -18,7 +18,7 @@ from gpu_cases import (
     same_bits,
     sorted_rows,
     weight_scale,
-)  # fmt: skip
+)
 
 import cupy_moe
 from cupy_moe import dispatch, grids, reference
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.gpu
 ROUTES = (
     (1, 1, 1), (8, 0, 2), (8, 3, 2), (8, 2048, 2), (8, 2049, 2), (64, 5000, 6), (512, 300, 8), (1100, 1000, 4),
     (1100, 3000, 8), (33, 20000, 8), (40, 64, 8), (40, 65, 8), (300, 171, 3), (1100, 511, 8), (5000, 100, 6),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
@@ -130,6 +130,17 @@ def test_grouped_gemm(n, k, out_dtype, seed):
 
 
 @pytest.mark.gemm
+def test_grouped_gemm_of_a_part_of_the_rows(seed):
+    """Rows in front of the first expert's and behind the last one's are zero, with a bias too."""
+    a, b, bias = random_codes(seed, (40, 64)), random_codes(seed + 1, (3, 48, 64)), normal(seed + 2, (3, 48))
+    offsets, options = cupy.asarray([7, 9, 20, 33], np.int32), {"a_scale": 0.01, "bias": bias, "out_dtype": "float32"}
+    got = host(cupy_moe.grouped_gemm_fp8(a, b, offsets, **options))
+    assert relative_error(got, expected(reference.grouped_gemm_fp8, a, b, offsets, **options)) <= STEP_LIMIT
+    assert not got[:7].any()
+    assert not got[33:].any()
+
+
+@pytest.mark.gemm
 @pytest.mark.parametrize("offsets", [(0, 9, 5, 40), (0, 9, 100, 120), (-3, 9, 20, 2**31 - 1), (0, 7, 7, -5)])
 def test_grouped_gemm_offsets_out_of_order(offsets, seed):
     """They end somewhere, and write nothing but the result."""
@@ -155,7 +166,7 @@ def test_grouped_gemm_misaligned(seed):
 
 COMBINES = (
     ("float16", "bfloat16", 2), ("float16", "float16", 8), ("bfloat16", "float32", 1), ("float32", "float32", 5)
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype", "topk"), COMBINES)

@@ -82,8 +82,9 @@ def test_call(rng, dtype, ids):
     assert "CPU" in experts.explain()
 
 
-@pytest.mark.parametrize("scale", [0.02, np.float32([0.02]), np.linspace(0.01, 0.05, M, dtype=np.float32)[:, None]],
-                         ids=["number", "(1,)", "(M, 1)"])  # fmt: skip
+@pytest.mark.parametrize("scale", [0.02, np.float32([0.02]), np.float32([[0.02]]),
+                                   np.linspace(0.01, 0.05, M, dtype=np.float32)[:, None]],
+                         ids=["number", "(1,)", "(1, 1)", "(M, 1)"])
 @pytest.mark.parametrize("bits", [False, True], ids=["float8", "uint8"])
 def test_fp8_hidden_states(rng, bits, scale):
     layer, call = layer_arguments(rng), call_arguments(rng)
@@ -113,7 +114,7 @@ def test_weights_as_bits(rng):
     {"activation": "swigluoai", "apply_router_weight_on_input": True},
     {"expert_map": np.array([1, -1, 0, 3], np.int32)},
     {"out_dtype": "float16"},
-], ids=lambda options: ", ".join(options))  # fmt: skip
+], ids=lambda options: ", ".join(options))
 def test_options(rng, options):
     layer, call = layer_arguments(rng) | options, call_arguments(rng)
     expected = reference.fused_experts(**layer, **call)
@@ -125,12 +126,12 @@ def test_options(rng, options):
 def test_out_dtype_of_any_library(rng, name):
     layer, call = layer_arguments(rng), call_arguments(rng)
     expected = reference.fused_experts(**layer, **call, out_dtype=str(name).removeprefix("torch.")
-                                       if not isinstance(name, type) else name)  # fmt: skip
+                                       if not isinstance(name, type) else name)
     assert_same_bits(fused_experts(**all_to_torch(layer), **all_to_torch(call), out_dtype=name), expected)
 
 
 def test_under_torch_compile(rng):
-    """As the README says: left out of what is compiled, and the same inside of it."""
+    """Without an operator of its own, as in examples/torch_layer.py, it has to be left out of what is compiled."""
     layer, call = layer_arguments(rng), call_arguments(rng)
     expected = reference.fused_experts(**layer, **call)
     experts, call = Experts(**all_to_torch(layer)), all_to_torch(call)
@@ -143,6 +144,18 @@ def test_under_torch_compile(rng):
     call["hidden_states"] /= 2
     assert torch.equal(function(**call), torch.from_numpy(expected) + 1)
     assert torch.equal(function(**call), torch.from_numpy(expected) + 1)
+
+
+def test_tensors_of_a_trace(rng):
+    """What torch.compile passes while it traces has no memory; it is refused before anything reads it."""
+    from torch._subclasses import FakeTensorMode
+
+    layer, call = all_to_torch(layer_arguments(rng)), all_to_torch(call_arguments(rng))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call["hidden_states"] = mode.from_tensor(call["hidden_states"])
+        message = r"^hidden_states: expected a dense array in memory; got: a FakeTensor"
+        with pytest.warns(UserWarning, match="FakeTensor"), pytest.raises(TypeError, match=message):  # torch warns too
+            Experts(**layer)(**call)
 
 
 def test_threads_that_bring_a_kind_at_once(monkeypatch):
@@ -261,7 +274,7 @@ def step_arguments(rng):
         "topk_softmax": ("topk_softmax", {"gating": product[:M, :E].astype(np.float16), "topk": TOPK}),
         "topk_softmax, renormalized": ("topk_softmax", {
             "gating": product[:M, :E], "topk": TOPK, "renormalize": True}),
-    }  # fmt: skip
+    }
 
 
 STEPS = tuple(step_arguments(np.random.default_rng(SEED)))
@@ -297,7 +310,7 @@ def test_shuffle_rows_of_numpy_alone(rng, dtype):
 
 
 @pytest.mark.parametrize("name", ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32",
-                                  "float64", "float8_e4m3fn", "uint16", "uint32", "uint64"])  # fmt: skip
+                                  "float64", "float8_e4m3fn", "uint16", "uint32", "uint64"])
 def test_shuffle_rows_into_out(rng, name):
     index = torch.tensor([3, -1, 0, 3, M], dtype=torch.int32)
     x = torch.from_numpy(rng.integers(0, 2, (M, 2 * K))).to(getattr(torch, name))[:, :K]  # rows at a distance

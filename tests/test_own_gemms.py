@@ -141,11 +141,24 @@ def test_tile_that_tuning_has_found(cache, monkeypatch, name):
         assert kernel.tile_for(0, weights, 100) == default, "not a tile there is"
 
 
+@both
+def test_tiles_for_experts_held_elsewhere(cache, monkeypatch, name):
+    """An eighth of the experts: the tiles, and what tuning finds for them, are those for an eighth of the rows."""
+    monkeypatch.setattr(compiler, "multiprocessors", lambda device: 132)
+    kernel = KERNELS[name][0]
+    part = kernel.Weights(0, 32, 4096, 7168, paired=False, routed_to=256)
+    whole = kernel.Weights(0, 32, 4096, 7168, paired=False)
+    for rows in (0, 8, 512, 2048, 8192):
+        assert kernel.candidates(0, part, rows) == kernel.candidates(0, whole, rows // 8)
+        assert kernel.key(0, part, rows) == kernel.key(0, whole, rows // 8)
+    assert kernel.tile_for(0, part, 2048) != kernel.tile_for(0, whole, 2048)
+
+
 def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
     monkeypatch.setattr(compiler, "multiprocessors", lambda device: 132)
     usual, narrow, k = sm90.PREFERRED[0].tile, sm90.NARROW, sm90.NARROW_COLUMNS
     layers = {(8, 4096, k): {1: narrow, 2: narrow, 3: usual}, (8, 4096, k - 16): {2: usual}, (8, 8448, k): {1: narrow},
-              (8, 8464, k): {1: usual}, (1, 4096, k): {1: narrow, 4: narrow, 5: sm90.Tile(32, 6)}}  # fmt: skip
+              (8, 8464, k): {1: usual}, (1, 4096, k): {1: narrow, 4: narrow, 5: sm90.Tile(32, 6)}}
     for shape, of in layers.items():
         weights = Weights(0, *shape, paired=False)
         for rows, tile in of.items():
@@ -174,7 +187,7 @@ def test_order_of_weight_rows(paired, channels):
     rows = [
         (i * strides[0] + half * strides[1] + group * strides[2]) / k
         for group in range(sizes[3]) for half in range(2) for i in range(8)
-    ]  # fmt: skip
+    ]
     for start in range(0, n, 16):
         first, second = rows[start : start + 8], rows[start + 8 : start + 16]
         apart = n // 2 if paired else 1  # a gate and its up, or neighbours
@@ -264,7 +277,7 @@ def test_backend_of_the_environment(status, monkeypatch):
      ("mma", "80", (12, 4), None), ("mma", "90", (13, 0), None), ("mma", "120", (13, 0), None),
      ("mma", "75", (13, 0), "compute capability 8.0 and later; cuda:0 has 7.5"),
      ("mma", "89", (12, 3), "NVRTC 12.4 or later; CuPy uses 12.3")],
-)  # fmt: skip
+)
 def test_where_a_kernel_of_our_own_runs(monkeypatch, name, capability, nvrtc, reason):
     device = SimpleNamespace(compute_capability=capability)
     runtime = SimpleNamespace(CUDARuntimeError=RuntimeError, getDevice=lambda: 0)

@@ -36,7 +36,7 @@ def run(*programs):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", text], env=os.environ | {"PYTHONPATH": paths}, capture_output=True,
         text=True, timeout=120, check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -92,7 +92,7 @@ def test_backends_without_cupy():
     assert others
     for name, reason in others.items():
         assert "CuPy cannot be imported (No module named 'cupy' (blocked))" in reason, name
-        assert "pip install 'cupy-moe[cu13]'" in reason, name
+        assert "its extra cu13" in reason, name
 
 
 def test_backends_beside_torch_without_cupy():
@@ -131,7 +131,7 @@ def test_all_is_sorted_and_complete():
     assert cupy_moe.__all__ == sorted(cupy_moe.__all__)
     assert len(set(cupy_moe.__all__)) == len(cupy_moe.__all__)
     steps = {"route", "shuffle_rows", "gather_scales", "quantize_fp8", "activation_quantize", "grouped_gemm_fp8",
-             "combine", "topk_softmax"}  # fmt: skip
+             "combine", "topk_softmax"}
     assert steps | {"Experts", "Workspace", "fused_experts", "backends", "Routing"} <= set(cupy_moe.__all__)
     from_package = {
         name for name, x in vars(cupy_moe).items() if not name.startswith("_") and not inspect.ismodule(x)

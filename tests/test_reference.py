@@ -84,7 +84,7 @@ class Case:
             self.hidden, self.w1, self.w2, self.weights, self.ids,
             w1_scale=SCALE_KINDS[self.w1_kind](self.table1), w2_scale=SCALE_KINDS[self.w2_kind](self.table2),
             w1_bias=self.b1, w2_bias=self.b2, **options,
-        )  # fmt: skip
+        )
 
     def run_torch(self):
         return torch_layer(self).numpy()
@@ -116,7 +116,7 @@ def torch_layer(case):
     per_token = options.get("per_act_token", False)
     on_input = options.get("apply_router_weight_on_input", False)
     w1, w2 = (torch.from_numpy(w.astype(np.float64) * table[:, :, None].astype(np.float64))
-              for w, table in ((case.w1, case.table1), (case.w2, case.table2)))  # fmt: skip
+              for w, table in ((case.w1, case.table1), (case.w2, case.table2)))
     pairs = []  # (token, local expert, router weight) in slot order
     for token, slot in np.ndindex(case.ids.shape):
         expert = int(case.ids[token, slot])

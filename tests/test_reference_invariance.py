@@ -25,7 +25,7 @@ def make_layer(rng, activation="silu", **options):
         "w1_scale": rng.uniform(0.001, 0.002, (E, rows)).astype(np.float32),
         "w2_scale": rng.uniform(0.001, 0.002, (E, K)).astype(np.float32),
         "w1_bias": rng.normal(0, 1, (E, rows)).astype(np.float32), "activation": activation, **options,
-    }  # fmt: skip
+    }
 
 
 def make_call(rng, tokens=TOKENS):

@@ -263,6 +263,18 @@ def test_grouped_gemm_fp8(a_kind, b_kind, bias):
     assert not got[8:].any()
 
 
+def test_grouped_gemm_fp8_of_a_part_of_the_rows():
+    """Rows in front of the first expert's and behind the last one's are zero, whatever the bias is."""
+    rng = np.random.default_rng(SEED)
+    a, b = random_fp8(rng, 10, 48), random_fp8(rng, 2, 6, 48)
+    offsets, bias = np.array([3, 5, 8], np.int32), np.full((2, 6), 1000, np.float32)
+    got = reference.grouped_gemm_fp8(a, b, offsets, bias=bias, out_dtype="float32")
+    want = reference.grouped_gemm_fp8(a[3:], b, offsets - 3, bias=bias, out_dtype="float32")
+    np.testing.assert_array_equal(got[3:], want)
+    assert want[:5].all()
+    assert not got[:3].any()
+
+
 @pytest.mark.parametrize("bits", [False, True])
 def test_grouped_gemm_fp8_types(bits):
     rng = np.random.default_rng(SEED)

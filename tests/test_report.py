@@ -33,7 +33,7 @@ def test_pictures_are_there_and_small(name):
 SOURCES = {
     "speedup.png": (summary.TABLE, summary.PREFILL), "floor.png": (summary.TABLE, summary.PREFILL, summary.SWEEP),
     "parts.png": (summary.TIMELINE,),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -73,14 +73,14 @@ def more_results(monkeypatch, tmp_path):
     save(summary.BACKENDS, [
         {**record, "us": us, "backend": name}
         for record in plain[:3] if record["impl"] == "cupy_moe" for name, us in (("sm90", 10), ("mma", 15))
-    ])  # fmt: skip
+    ])
     large = [{**record, "M": 32 * record["M"]} for record in plain if record["M"] >= 32]
     save(summary.PREFILL, [*large, *({**record, "impl": "torch", "backend": "gemms"} for record in large)])
     save(summary.SWEEP, [{**record, "M": 3 * record["M"]} for record in plain if record["shape"][0] == 64])
     sizes = (("warm", 64, "route"), ("cold", 1024, "route_count"), ("cold", 1024, "route_place"))
     steps = [{**record, "step": "route", "kernel": kernel, "bytes_s": 1e12, "of_copy": 0.4, "l2": l2, "M": M,
               "scheme": "none", "overlap": True, "us": 2.0}
-             for record in plain[:1] for l2, M, kernel in sizes]  # fmt: skip
+             for record in plain[:1] for l2, M, kernel in sizes]
     steps[-1]["copy_bytes_s"] = 2e12
     save(summary.STEPS, steps, copy_bytes_s=2.5e12, write_bytes_s=3e12)
     busy = {"sm_mhz": 1400.0, "watts": 650.0, "power_capped": 0.5}
@@ -90,11 +90,11 @@ def more_results(monkeypatch, tmp_path):
     save(summary.INVARIANCE, [
         {**record, "batch_invariant": option, "same_bits": True, "us": (1 + option / 100) * record["us"]}
         for record in ours for option in (False, True)
-    ])  # fmt: skip
+    ])
     save(summary.EARLY, [
         {**record, "early_weights": option, "same_bits": True, "us": (1 - option / 50) * record["us"]}
         for record in plain if record["impl"] == "cupy_moe" and record["M"] <= 64 for option in (False, True)
-    ])  # fmt: skip
+    ])
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_the_order_of_the_backends():
 def test_records_of_the_cells(name):
     content = json.loads((RESULTS / name).read_text())
     keys = {"device", "impl", "backend", "shape", "M", "scheme", "routing", "mode", "l2", "us", "us_min", "us_max",
-            "floor_us", "err"}  # fmt: skip
+            "floor_us", "err"}
     assert all(keys <= record.keys() for record in content["records"])
     assert not content["failures"]
     cells = {(*record["shape"], record["M"]) for record in content["records"] if record["impl"] == "cupy_moe"}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import cupy_moe
 from cupy_moe import tuning
+from cupy_moe.cublaslt import CublasError
 from cupy_moe.grouped_gemm import PREFERRED, Choice, GroupedGemm
 from cupy_moe.tuning import Cache
 
@@ -51,6 +53,8 @@ def test_folder(monkeypatch, tmp_path):
     for nothing in ("", "not/absolute"):
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
         assert tuning.path() == tmp_path / ".cache" / "cupy_moe" / "tuning-1.json"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
+    assert tuning.path() == Path(tempfile.gettempdir(), "cupy_moe", "tuning-1.json")
 
 
 def test_rows_up_to_a_power_of_two_share_a_key():
@@ -119,6 +123,16 @@ def test_processes_at_the_same_time(file):
     assert stored(file) == {f"{name} {i}": {"tile": i} for name in "abc" for i in range(20)}
 
 
+def test_file_for_other_users(file):
+    """As readable as the user wants files to be."""
+    before = os.umask(0o022)
+    try:
+        Cache().store({"k": RECORD})
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_failure_in_the_middle_of_writing(file, monkeypatch):
     Cache().store({"old": RECORD})
     cache = loaded()
@@ -135,7 +149,7 @@ def test_folder_that_cannot_be_made(file):
     file.parent.parent.mkdir(exist_ok=True)
     file.parent.write_text("a file")
     cache = Cache()
-    with pytest.warns(RuntimeWarning, match=r"tuning-1\.json: is no tuning cache and is ignored \(NotADirectoryError"):
+    with pytest.warns(RuntimeWarning, match=r"tuning-1\.json: cannot be read and is ignored \(.*Not a directory"):
         cache.load()
     with pytest.warns(RuntimeWarning, match=r"tuning-1\.json: cannot be written"):
         cache.store({"k": RECORD})
@@ -179,7 +193,7 @@ def test_foreign_file(file, content):
 @pytest.mark.parametrize("record", [
     None, {}, {"tile": 13}, {**RECORD, "tile": "13"}, {**RECORD, "average": 1.5}, {**RECORD, "option": -1},
     {**RECORD, "option": None},
-])  # fmt: skip
+])
 def test_records_of_another_kind(record):
     assert Choice.of(record) is None
 
@@ -207,6 +221,7 @@ def make_gemm(proposals, experts=8):
     gemm = object.__new__(GroupedGemm)
     gemm._matmuls = {name: Library(proposals) for name in ("float16", "float32")}
     gemm._key, gemm._algorithms, gemm.weight_pointers = ("library", "device", "8 x 16 x 16"), {}, np.zeros(experts)
+    gemm._routed_to = experts
     return gemm
 
 
@@ -237,6 +252,25 @@ def test_library_that_proposes_nothing_preferred(cache):
     assert make_gemm({}).algorithms(100) == [(1, 1)]
 
 
+def test_library_that_proposes_nothing(cache):
+    gemm = make_gemm({average: [] for average in range(300)})
+    with pytest.raises(CublasError, match=r"^cuBLASLt proposes no algorithm for .* of 8 x 16 x 16 codes"):
+        gemm.algorithms(100)
+    rows, record = 8 * 20, {"average": 64, "tile": 18, "option": 1}
+    preferred = next(choice for below, choice in PREFERRED if below > 20)
+    gemm = make_gemm({preferred.average: [], 64: [(9, 9)]})
+    cache.store({gemm.key(rows, "float16"): record})
+    assert gemm.algorithms(rows) == [(9, 9)], "not what was tuned, but there is nothing else"
+
+
+def test_rows_of_experts_held_elsewhere(cache):
+    """A quarter of the experts: the choice is that for a quarter of the rows."""
+    part, whole = make_gemm({}), make_gemm({})
+    part._routed_to = 32
+    assert part.key(400, "float16") == whole.key(100, "float16") != whole.key(400, "float16")
+    assert part._default(400) == whole._default(100) != whole._default(400)
+
+
 def test_library_is_asked_once(cache):
     gemm = make_gemm({})
     for rows in (100, 101, 128):
@@ -245,6 +279,17 @@ def test_library_is_asked_once(cache):
 
 
 # ---- what is timed ------------------------------------------------------------------------------------------------
+
+
+def test_products_that_are_the_same():
+    """Those of weights that hold NaN too, but not one in which something is missing."""
+    product = np.linspace(1, 2, 100)
+    product[7], product[8] = np.nan, np.inf
+    assert tuning._same(product, product)
+    assert tuning._same(product * 1.001, product)
+    assert not tuning._same(product * 1.01, product)
+    assert not tuning._same(np.where(np.arange(100) == 50, np.nan, product), product)
+    assert not tuning._same(np.nan_to_num(product), product)
 
 
 def test_tokens():

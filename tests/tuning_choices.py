@@ -25,12 +25,12 @@ class Cublaslt:
 
     def chosen(self):
         return [gemm._matmuls[result].configuration(gemm.algorithms(self.rows, result)[0])
-                for gemm, result in self.gemms]  # fmt: skip
+                for gemm, result in self.gemms]
 
     def others(self):
         """Records of other choices than those of now, one for each GEMM."""
         proposed = [[gemm._matmuls[result].configuration(one) for one in gemm._matmuls[result].algorithms(64)]
-                    for gemm, result in self.gemms]  # fmt: skip
+                    for gemm, result in self.gemms]
         wanted = [[one for one in of if one != now][-1] for of, now in zip(proposed, self.chosen(), strict=True)]
         return [{"average": 64, "tile": tile, "option": option} for tile, option in wanted]
 
