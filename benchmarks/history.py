@@ -21,7 +21,7 @@ STEPS = {
     "1a4bb280fd": "the products of cuBLASLt, kernels of our own around them",
     "0ba868f3de": "the backend `sm90`: the activation in the end of GEMM 1, tiles of as many rows as there are",
     "f8d148fabb": "clusters share the rows of a tile; routing in one launch; several loads of a thread in flight",
-    "df40cd3ed0": "the tensor cores add up two stages; short last tiles in eighths; ends whose rows overlap",
+    "df40cd3ed0": "tensor cores add two stages; short last tiles multiply only eighths with rows; ends' rows overlap",
     "374a7351fc": "tiles of up to 208 rows in one pass; lines that have been read are dropped",
     "30f0f9eb54": "24 bits for a value between the GEMMs; few hidden states without a kernel for their maximum",
     "d18e098898": "GEMM 1 starts beside routing and asks for weights first; small tiles leave registers to others",

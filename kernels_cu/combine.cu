@@ -16,7 +16,8 @@
 
 constexpr int PAIRS = TOKENS * TOPK, IN_FLIGHT = PAIRS < MOST ? PAIRS : MOST;
 
-// expert -1: no row, and row 0 is loaded instead. The weight has the unit of x too: it is large, and so may be the scales.
+// expert -1: no row, and row 0 is loaded instead. The unit is in the weight and not in the factor: unit times scale could
+// overflow.
 struct alignas(16) Slot { int row, expert; float weight, factor; };
 
 // Adds to the sum what a slot's row has in eight columns, with the scales and the bias of these.

@@ -27,11 +27,14 @@ constexpr u32 FULL_WARP = 0xffffffffu;
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // ---- programmatic dependent launch ------------------------------------------------------------------------------
-// Lets the next kernel start, and waits until the kernel in front, and so everything before it, is done. Two rules make chains
-// of kernels safe. Every kernel waits once. What it reads or writes before that is left alone by all kernels that may still be
-// running: by the one in front, and by those in front of that one too if it lets the next one start before it waits itself.
-// Without the launch attribute the kernel in front is done anyway and both instructions do nothing.
-// What the kernel in front writes must not be a `const __restrict__` parameter: loads of those may move to before the wait.
+// start_next_kernel: the next kernel may start, once all blocks have said so or are done.
+// wait_for_previous_kernel: returns when the previous kernel and all before it have finished.
+// Three rules make chains of kernels safe:
+//   1. Each block that does anything waits once.
+//   2. Before it waits, it touches only memory that no kernel that may still run touches (what both only read does not count).
+//      May still run: the previous kernel, and those before it too as long as each starts the next before it waits itself.
+//   3. What the previous kernel writes is no `const __restrict__` parameter: loads of those may move to before the wait.
+// Without the launch attribute the previous kernel is done anyway, and both instructions do nothing.
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

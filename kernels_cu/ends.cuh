@@ -10,7 +10,7 @@ constexpr bool GATED = END != PRODUCT && ACT <= SWIGLUOAI;
 struct Epilogue {
     void* out;                 // (rows, pitch): Out or e4m3 codes
     long long pitch;
-    int cols;                  // columns that exist; zeros up to out_cols if CODES
+    int cols;                  // columns that exist; zeros up to out_cols unless PRODUCT
     int out_cols;
     float unit;                // PRODUCT: factor; else of x_scale, unless ROW_SCALES
     const float* x_scale;      // [row] if ROW_SCALES, else [expert * x_scale_expert_stride]; null: 1

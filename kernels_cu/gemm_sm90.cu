@@ -58,10 +58,11 @@ __device__ __forceinline__ void wait_for_products() {
 }
 
 // What the producer has written for the first stage of a tile. An arrival stands for what its own thread has read: the lane
-// that will arrive at the barrier of this block reads for the warp.
+// that will arrive at the barrier of this block reads for the warp; racecheck (tests/sanitize.py) follows nothing else.
 __device__ __forceinline__ Place read_place(const Ring& ring, int stage) {
     Place at = {};
-    // Not in a branch: the compiler would lose sight of the fact that all lanes find the same place, and spill.
+    // Not in a branch: the compiler would lose sight of the fact that all lanes find the same place, and tiles of 208 rows would
+    // spill (tests/test_compile.py).
     asm volatile(
         "{\n\t.reg .pred reads;\n\tsetp.eq.u32 reads, %5, %6;\n\t@reads ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
         : "+r"(at.expert), "+r"(at.channel_tile), "+r"(at.row), "+r"(at.count)
@@ -100,6 +101,7 @@ template <int UNDER_WAY, int COLS>
 __device__ __forceinline__ void add_products(float (&sum)[1][SUMS], float (&part)[1][COLS / 2], const Ring& ring, int stage) {
     wait_for_products<UNDER_WAY>();
     release(ring, stage);
+    // To the compiler, products are there once they have been asked for: it must not read them in front of this.
 #pragma unroll
     for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(part[0][i])::"memory");
 #pragma unroll
@@ -158,6 +160,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[STRETCHES][SUMS], con
         turn.pass_on(false);
         wait_for_products<0>();
         release(ring, before);
+        // As in add_products.
 #pragma unroll
         for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "+f"(sum[0][i]), "+f"(sum[1][i])::"memory");
     } else if constexpr (OVERLAPPED) {

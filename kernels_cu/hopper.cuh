@@ -60,7 +60,7 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 // What the L2 cache makes of a copy's lines, as createpolicy.fractional encodes it for all of them: they are the first to go, or
-// as they would be without a word.
+// the default.
 [[maybe_unused]] constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_UNCHANGED = 0x10f0000000000000;
 __device__ __forceinline__ void copy_weights(void* to, const TensorMap& map, int column, int group, int expert, u64* barrier,
                                              u64 policy) {

@@ -81,7 +81,7 @@ struct Quantization {
 // the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
 // and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write.
 // ONE_SLOT: there is but one, so that codes need not be kept for the next. TOKEN: each warp calls once_read(the largest
-// magnitude of what it has loaded), before the rest of the block is as far.
+// magnitude of what it has loaded) before it waits for the other warps.
 template <bool ONE_SLOT, typename OnceRead, typename FindRows, typename RowOf, typename ExpertOf>
 __device__ __forceinline__ void quantize_token(const Quantization& q, int token, bool first_block, bool wanted,
                                                OnceRead once_read, FindRows find_rows, RowOf row_of, ExpertOf expert_of) {

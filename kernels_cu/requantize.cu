@@ -25,7 +25,8 @@ __device__ __forceinline__ Span find_group(int group, const Span* spans, int exp
     return {span.row + within, span.count - within};
 }
 
-// The first vector of piece `index` of a group, a piece for each column; PARTS vectors on is its next.
+// Which vector of a group is the first of piece `index`; the piece's next ones are PARTS further on each. A group has as many
+// pieces as columns: it has 16 rows, and a piece is COLUMNS columns of four of them.
 __device__ __forceinline__ int place_of(int index) { return index / PARTS * (PACKED_WORDS * PARTS) + index % PARTS; }
 
 struct Piece {

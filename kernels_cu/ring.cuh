@@ -49,19 +49,22 @@ __device__ __forceinline__ int tile_of_wave(int wave) {
 // Clusters on tiles of the same weights or rows find these in the L2 cache if they are there at about the same time. Where rows
 // are long it holds a small part of what they read, and clusters with short tiles would run away: a cluster begins when two
 // thirds have begun in its wave, or one has nothing left. That is for speed alone, and blocks that do not run yet may need the
-// place of one that waits: nobody waits for ever.
-__device__ __forceinline__ void keep_in_step(const Groups& groups, int wave) {
+// place of one that waits: nobody waits for ever. Who has waited in vain is not patient again in this launch: where others hold
+// multiprocessors, some clusters are missing in each wave.
+__device__ __forceinline__ void keep_in_step(const Groups& groups, int wave, bool& patient) {
     constexpr int PATIENCE = 1 << 12;  // some milliseconds
     const int clusters = gridDim.x / CLUSTER;
     if (rank() == 0 && elect()) atomicAdd(groups.claims, 1);
     const volatile int* claims = groups.claims;
-    for (int i = 0; i < PATIENCE && claims[0] < wave * clusters - clusters / 3 && claims[1] == 0; ++i) {}
+    int left = patient ? PATIENCE : 0;
+    while (left > 0 && claims[0] < wave * clusters - clusters / 3 && claims[1] == 0) --left;
+    patient = __any_sync(FULL_WARP, left > 0);  // for all lanes alike, as elect() wants them
 }
 
 // By one warp. What only one lane does is behind elect(): always the same one.
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
                                         const Entry* entries) {
-    // Those that exist, the blocks of a cluster in turns.
+    // Only boxes with existing rows; in a cluster each block copies every second one.
     const auto copy_rows_of = [&](int stage, const Place& at, int step) {
         u8* to = ring.stage(stage) + WEIGHT_BYTES;
 #pragma unroll 1
@@ -83,13 +86,14 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     Walk at(entries, groups);
     RingState state;
     int wave = 0;
+    [[maybe_unused]] bool patient = true;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         // Weights that are read once leave the L2 cache to what is read again.
         const u64 policy = at.alone ? EVICT_FIRST : EVICT_UNCHANGED;
         int claimed = 0;
         if (CLUSTER == 1 && elect()) claimed = atomicAdd(groups.claims, 1);
-        if constexpr (IN_STEP) keep_in_step(groups, wave + 1);
+        if constexpr (IN_STEP) keep_in_step(groups, wave + 1, patient);
 #pragma unroll 1
         for (int step = 0; step < groups.steps; ++step, state.next()) {
             if (!waited && early == EARLY) wait_for_rows();

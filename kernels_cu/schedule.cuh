@@ -7,7 +7,9 @@ struct Groups {
     int experts;
     int channel_tiles;  // tiles along the weight rows of one expert
     int steps;          // stages along K
-    int* claims;        // {tiles taken, beyond the first of each block unless in clusters; blocks done}, 0 between launches
+    // {tiles, blocks done}, 0 between launches. Tiles are those taken beyond the first of each block, or with IN_STEP those that
+    // clusters have begun.
+    int* claims;
 };
 
 // An expert: the number of its first tile, its rows, and how many tiles those make. Behind the last expert one without rows,
