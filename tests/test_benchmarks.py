@@ -4,6 +4,7 @@
 import argparse
 import itertools
 import json
+import re
 from unittest import mock
 
 import pytest
@@ -25,6 +26,7 @@ from benchmarks import (  # noqa: E402
     records,
     step_cases,
     steps,
+    summary,
     table,
     tiles,
     timeline,
@@ -135,6 +137,7 @@ def test_table(no_clock, tmp_path, capsys):
     # 2 cells and 2 schemes: uniform in 2 modes and 2 states of the L2, skewed in one of each
     assert len(content["records"]) == 2 * 2 * (4 + 1)
     assert "auto" not in {record["backend"] for record in content["records"]}
+    assert all(record["us"] == (20 if record["l2"] == "cold" else 10) for record in content["records"])
     assert "tensor skewed graph warm" in capsys.readouterr().out
 
 
@@ -291,3 +294,84 @@ def test_parts_of_a_call():
     record = timeline.summed_up([parts, slower, parts])
     assert (record["us"], record["us_min"], record["us_max"]) == (15, 15, 30)
     assert record["parts"] == parts
+
+
+def test_means_of_the_table(capsys):
+    kind = summary.PLAIN | {"shape": SHAPE, "M": 5, "floor_us": 8.0}
+    table.print_table([kind | {"impl": impl, "backend": of, "us": us}
+                       for impl, of, us in (("cupy_moe", "sm90", 10.0), ("vllm", "cutlass", 15.0))])
+    means = dict(re.findall(r"(\S+ / \S+) +([\d.]+)  \(geometric", capsys.readouterr().out))
+    assert means == {"sm90 / floor": "1.250", "vllm / floor": "1.875", "vllm / sm90": "1.500"}
+
+
+def test_a_result_of_nan_is_not_timed(no_clock, monkeypatch, capsys):
+    monkeypatch.setattr(expected, "relative_error", lambda output, of: float("nan"))
+    assert table.main(["--impls", "cupy_moe"]) == 1
+
+
+@pytest.mark.parametrize(("shape", "M", "active", "us"), [
+    ((8, 2, 4096, 28672), 1, 2, 226.58), ((8, 2, 4096, 28672), 512, 8, 908.99), ((40, 8, 1024, 1536), 512, 40, 61.36),
+    ((8, 2, 4096, 28672), 16384, 8, 15306.98),
+])
+def test_floor(shape, M, active, us):
+    """Of the published table, and where arithmetic takes longer than reading the weights."""
+    assert cases.floor_us(shape, M, active, 3.11e12, 1517e12) == pytest.approx(us, abs=0.005)
+
+
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_weights_are_those_that_were_drawn(scheme):
+    """Within half a step of a code: nothing is cut off."""
+    w = make(1, scheme).weights
+    drawn = torch.randn(w.w1[0].shape, generator=torch.Generator().manual_seed(0)) / 10
+    torch.testing.assert_close(w.w1[0].float() * w.w1_scale[0].reshape(-1, 1), drawn, rtol=1 / 16, atol=1e-3)
+    assert cases.scheme_of(w.w1, w.w2, w.w1_scale, w.w2_scale) == scheme
+
+
+def test_wrong_weights_of_a_peer():
+    w = cases.make_weights(SHAPE, device="cpu")
+    turned = w.w1.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="w1 must be contiguous"):
+        cases.scheme_of(turned, w.w2, w.w1_scale, w.w2_scale)
+
+
+class Clock:
+    """Events of a device on which everything takes its time, in ms."""
+
+    def __init__(self, monkeypatch):
+        self.now, clock = 0.0, self
+
+        class Event:
+            def __init__(self, **_):
+                pass
+
+            def record(self):
+                self.at = clock.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.advance(100.0))
+
+    def advance(self, ms):
+        self.now += ms
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_microseconds_of_a_call(hold, monkeypatch):
+    """Rounds of different length: of one call, without what keeps the device busy and without the flush."""
+    clock, flushed = Clock(monkeypatch), []
+    ms = itertools.chain.from_iterable(itertools.repeat(each, 5) for each in 2 * (3.0, 1.0, 8.0))
+    options = {"hold": hold, "rounds": 3, "replays": 5}
+    warm = timing.time_warm(lambda: clock.advance(next(ms)), **options)
+    cold = timing.time_cold(
+        lambda: clock.advance(next(ms)), lambda: flushed.append(clock.advance(50.0)), **options
+    )
+    assert warm == cold == timing.Timing(3000.0, 1000.0, 8000.0)
+    assert len(flushed) == 15
+    assert clock.now == 2 * 60 + 15 * 50 + hold * 6 * 100
+    assert warm.per(4) == timing.Timing(750.0, 250.0, 2000.0)

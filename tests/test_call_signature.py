@@ -110,3 +110,12 @@ def test_the_same_call_again_is_not_new():
     fp8 = CALL | {"hidden_states": FP8_HIDDEN}
     values = [describe(layer, fp8 | {"a1_scale": value}, padded=False).signature() for value in (0.5, 2.0)]
     assert values[0] == values[1]  # a number is an argument of the launch
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "out"])
+def test_another_alignment_is_new(name):
+    """Kernels are chosen for the words that the address allows; the same again 16 bytes further on."""
+    layer, wide = spec.layer_spec(**LAYER), floats(M, 2 * K)
+    seen = [describe(layer, CALL | {name: wide[:, i : i + K]}, padded=False).signature() for i in range(5)]
+    assert len({*seen}) == 4
+    assert seen[0] == seen[4]

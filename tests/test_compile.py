@@ -10,7 +10,7 @@ from io import StringIO
 from typing import Any
 
 import pytest
-from kernel_variants import RECORDED, VARIANTS, FakeKernel, enum
+from kernel_variants import RECORDED, VARIANTS, FakeKernel, enum, pairs, quantize, record
 
 import kernels_cu
 from cupy_moe import compiler, dispatch, driver, grids, mma, sm90
@@ -179,3 +179,11 @@ def test_variant(compilers, file, constants):
             assert per_thread * threads <= REGISTERS, f"{arch}: {threads} threads cannot have {per_thread} registers"
             if arch == "sm_80":
                 assert int(found["constants"]) - PARAMETERS_AT == size_of_parameters(file, name)
+
+
+@pytest.mark.parametrize("tokens", [300, 3000])
+def test_the_first_kernel_of_a_call_waits(tokens):
+    """For what makes the hidden states; behind routing, the maximum is looked for without waiting for that."""
+    made = record([quantize("float16", "TENSOR", (True, True), rows=tokens, routing=pairs("int32"))])
+    of = {launch.name: launch.arguments for launch in made}
+    assert of["amax_tokens"]["in_front"] == ("route_quantize" in of) == (tokens == 300)

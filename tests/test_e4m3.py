@@ -123,3 +123,11 @@ def test_is_fp8():
 def test_namespace_of_something_else():
     with pytest.raises(TypeError, match=r"NumPy or CuPy array, got builtins\.list"):
         e4m3.array_namespace([1.0])
+
+
+@pytest.mark.parametrize("terms", [1, 16, 2880, 4096, 14336, 1 << 20])
+def test_half_unit(terms):
+    """The least power of two that the largest sum of so many products takes to be a float16."""
+    largest, unit = np.float64(terms * 448.0**2), e4m3.half_unit(terms)
+    assert np.frexp(unit)[0] == 0.5
+    assert largest / unit <= 65504 < 2 * largest / unit

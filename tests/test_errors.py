@@ -10,7 +10,7 @@ import pytest
 from rejections import assert_rejected
 
 import cupy_moe
-from cupy_moe import Experts, Workspace
+from cupy_moe import Experts, Workspace, arrays, checks
 
 K, N, E = 32, 16, 4
 FP8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
@@ -310,3 +310,17 @@ def test_repr():
 @pytest.mark.parametrize(("device", "kind"), [("cuda:0", TypeError), (-1, ValueError), (True, TypeError)])
 def test_backends_of_no_device(device, kind):
     assert_rejected(kind, "device", (repr(device),), cupy_moe.backends, device)
+
+
+def test_arrays_of_another_device():
+    """Such as a torch tensor left on the CPU, whose address a kernel cannot read."""
+    x = floats(1)
+    parts = ("on cuda:1", "got one on the CPU")
+    assert_rejected(TypeError, "x", parts, checks.describe, "x", x, arrays.library_of(x), 1)
+
+
+@pytest.mark.parametrize("scale", [2.0**-126, 2.0**126])
+def test_outermost_scales(scale):
+    Experts(**layer_arguments(), a1_scale=scale, a2_scale=np.float32(scale))
+    assert_rejected(ValueError, "a1_scale", ("from 2**-126",), Experts, **layer_arguments(),
+                    a1_scale=scale * 2 if scale > 1 else scale / 2)

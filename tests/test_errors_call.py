@@ -303,3 +303,4 @@ def test_validation_of_the_padded_form():
     bad = changed(hidden, (2, 1, 3), np.inf)
     parts = ("finite", "token 1 of expert 2")
     assert_rejected(ValueError, "hidden_states", parts, validation.check_padded, spec, bad, counts)
+    assert_rejected(ValueError, "hidden_states", parts, Experts(**LAYER, validate=True).batched, bad, counts)

@@ -257,6 +257,7 @@ def test_more_sizes_than_plans_are_kept(seed):
     more = make_small(seed, tokens=300)[1:]
     for tokens in range(6, 300):
         experts(*(x[:tokens] for x in more))
+    assert [*experts._plans.values()][-1].shape.tokens == 299, "the newest stays"
     cupy.cuda.Device().synchronize()
     replay(graph, stream)
     assert same_bits(out, want)

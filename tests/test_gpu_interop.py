@@ -235,6 +235,26 @@ def test_two_streams(function, seed):
     assert [int(count) for count in wrong] == [0, 0]
 
 
+def test_two_threads_of_fused_experts(seed):
+    """On a stream each, with the same layers: each finds its own."""
+    layers = [make_small(seed + i, tokens=40)[0] for i in range(3)]
+    hidden, weights, ids = make_small(seed, tokens=40)[1:]
+    wants = [fused_experts(hidden, topk_weights=weights, topk_ids=ids, **layer) for layer in layers]
+    cupy.cuda.Device().synchronize()
+
+    def work(_):
+        wrong = 0
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for i in range(90):
+                got = fused_experts(hidden, topk_weights=weights, topk_ids=ids, **layers[i % 3])
+                wrong = wrong + (got.view(np.uint8) != wants[i % 3].view(np.uint8)).sum()
+            stream.synchronize()
+        return int(wrong)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(4))) == [0] * 4
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_threads(shared, seed):
     """Two threads: an `Experts` and a stream each, or one `Experts` on one stream for both."""

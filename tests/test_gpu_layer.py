@@ -180,7 +180,7 @@ def test_more_than_2_to_31_elements(routing, seed):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("tokens", [1, 40, 1500])
+@pytest.mark.parametrize("tokens", [1, 40, 300, 1500])
 def test_layers_in_a_row(scheme, tokens, seed):
     """Each layer reads what the one in front has just written, with nothing in between to wait for it."""
     layers = [make_layer(seed + i, 8, 512, 256, **SCHEMES[scheme]) for i in range(4)]

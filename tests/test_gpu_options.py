@@ -28,7 +28,8 @@ from gpu_cases import (
 )
 
 import cupy_moe
-from cupy_moe import Experts, fused_experts, gemms, reference
+from cupy_moe import Experts, backend, fused_experts, gemms, reference
+from cupy_moe.grouped_gemm import GroupedGemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -38,7 +39,7 @@ def static(kind, middle, experts=6):
     if kind in (None, "number"):
         return None if kind is None else middle
     values = np.float32(middle) * np.linspace(0.7, 1.3, experts, dtype=np.float32) if kind == "(E,)" else [middle]
-    return cupy.asarray(values, np.float32).reshape(() if kind == "()" else -1)
+    return cupy.asarray(values, np.float32).reshape({"()": (), "(1, 1)": (1, 1)}.get(kind, -1))
 
 
 # ---- scales, activations, bias ------------------------------------------------------------------------------------
@@ -172,6 +173,7 @@ def test_misaligned_arrays(dtype, scheme, seed):
     experts = Experts(**moved, workspace=WORKSPACE)
     out = shifted(aligned)
     assert out.data.ptr % 16
+    experts(hidden, *call)  # the same call but for the addresses
     call_repeatedly(lambda out: experts(shifted(hidden), *map(shifted, call), out), out)
     assert relative_error(out, aligned) <= LAYER_LIMIT
     for part in ("w1", "w1_scale", "w1_bias", "w2_bias"):  # one at a time: the others can be read as vectors
@@ -196,7 +198,7 @@ def test_rows_apart(dtype, scheme, seed):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("tokens", [3, 65, 2100])
+@pytest.mark.parametrize("tokens", [3, 65, 300, 2100])
 def test_result_in_place_of_the_hidden_states(tokens, scheme, seed):
     """As one layer follows another: each call reads what the one before has written."""
     layer, hidden, *call = make_small(seed, tokens=tokens, **SCHEMES[scheme])
@@ -298,6 +300,14 @@ def test_backends(seed):
     out = poison(cupy.empty_like(hidden))
     assert fused_experts(hidden, topk_weights=call[0], topk_ids=call[1], backend="reference", out=out, **layer) is out
     assert same_bits(out, want)
+
+
+def test_self_test_of_the_library(monkeypatch):
+    if cupy_moe.backends(0)["cublaslt"] != "available":
+        pytest.skip("needs cuBLASLt with grouped fp8 matmul")
+    assert backend._self_test.__wrapped__(0) is None
+    monkeypatch.setattr(GroupedGemm, "prepare", lambda *_: lambda stream: None)
+    assert backend._self_test.__wrapped__(0).endswith("gave wrong products")
 
 
 def test_reference_of_the_environment(seed, monkeypatch):

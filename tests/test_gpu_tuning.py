@@ -130,7 +130,7 @@ def test_torch(torch, seed):
     assert same_bits(cupy.from_dlpack(got), Experts(**layer)(hidden, *call))
 
 
-def test_what_is_wrong_or_fails_is_left_out():
+def test_what_is_wrong_or_fails_is_left_out(monkeypatch):
     result = cupy.zeros((64, 512), np.float16)
 
     def fill(value, nbytes=result.nbytes, times=1):
@@ -152,6 +152,9 @@ def test_what_is_wrong_or_fails_is_left_out():
     assert tuning.fastest(candidates[:-1], result)["tile"] == 0
     with pytest.raises(RuntimeError, match="not supported"):
         tuning.fastest([({}, fail), *candidates], result)
+    monkeypatch.setattr(tuning, "_times", lambda graphs: [3.0, 5.0, 2.0])
+    same = [({"tile": i}, fast) for i in range(3)]
+    assert tuning.fastest(same, result) == {"tile": 2, "us": 2.0, "default_us": 3.0}
 
 
 def test_codes_are_finite():

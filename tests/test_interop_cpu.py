@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch CPU tensors wherever NumPy arrays go: the same bits come out, as tensors, in the caller's memory."""
 
+import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -160,20 +162,22 @@ def test_tensors_of_a_trace(rng):
 
 def test_threads_that_bring_a_kind_at_once(monkeypatch):
     """One of them finds the library; the other waits for it."""
-    find, asked = arrays._find_library, threading.Event()
+    made, asked = [], threading.Event()
 
-    def slowly(kind):
+    def slowly(name):
+        made.append(name)
         asked.set()
         time.sleep(0.05)
-        return find(kind)
+        return SimpleNamespace(name=name)
 
-    monkeypatch.setattr(arrays, "_find_library", slowly)
-    x = torch.zeros(3).as_subclass(type("New", (torch.Tensor,), {}))
+    monkeypatch.setattr(arrays, "_library", functools.cache(slowly))
+    monkeypatch.setattr(arrays, "_library_by_type", {})
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(arrays.library_of, x)
+        first = threads.submit(arrays.library_of, torch.zeros(3))
         assert asked.wait(10)
-        second = threads.submit(arrays.library_of, x)
+        second = threads.submit(arrays.library_of, torch.zeros(3))
         assert first.result() is second.result() is arrays.library_of(torch.zeros(3))
+    assert made == ["torch"]
 
 
 @each_dtype
@@ -322,3 +326,25 @@ def test_shuffle_rows_into_out(rng, name):
     made = cupy_moe.shuffle_rows(x, index)
     assert made.dtype == x.dtype
     assert torch.equal(made.float(), expected)
+
+
+def test_batched_takes_no_map(rng):
+    """Its experts are those held here, whatever a map says of global ids."""
+    layer, hidden = layer_arguments(rng), rng.normal(0, 1, (E, MAX_TOKENS, K)).astype(np.float32)
+    counts = np.array([3, 0, 5, 1], np.int32)
+    mapped = Experts(**layer, expert_map=np.array([-1, 2, 0, 3, 1, -1], np.int32))
+    np.testing.assert_array_equal(mapped.batched(hidden, counts), Experts(**layer).batched(hidden, counts))
+
+
+def test_one_token_whose_stride_says_nothing(rng):
+    """As `x[None]` of NumPy and CuPy has it: 0 elements from the only row to the next."""
+    layer, call = layer_arguments(rng), call_arguments(rng)
+    one = {name: x[:1] for name, x in call.items()}
+    expected = fused_experts(**layer, **one)
+    out = np.empty(K, np.float32)
+    assert call["hidden_states"][0][None].strides[0] == 0
+    fused_experts(**layer, **one | {"hidden_states": call["hidden_states"][0][None]}, out=out[None])
+    np.testing.assert_array_equal(out[None], expected)
+    column = rng.normal(0, 1, M).astype(np.float32)[:, None]
+    assert column.strides[1] == 0
+    np.testing.assert_array_equal(cupy_moe.quantize_fp8(column)[0], cupy_moe.quantize_fp8(column.copy())[0])

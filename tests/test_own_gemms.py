@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from kernel_variants import record
 
 import kernels_cu
 from cupy_moe import arrays, backend, compiler, mma, sm90, tiles, tuning
+from cupy_moe.launches import Matrix
 from cupy_moe.sm90 import Weights
+from cupy_moe.tiles import End, Groups
 from cupy_moe.tuning import Cache
 
 
@@ -239,7 +242,9 @@ def test_backends_for_batch_invariant(status, monkeypatch):
     assert backend.choose(arrays.CPU, None, batch_invariant=True) == "reference"
     explained = backend.explain(0, "sm90", batch_invariant=True)
     assert "cublaslt does not run: batch_invariant=True rules it out" in explained
+    assert backend.explain(0, "sm90").startswith("sm90 runs on cuda:0: of those available the first in the order of")
     assert "cublaslt is available" in backend.explain(0, "sm90")
+    assert "\nmma runs on cuda:0.\n" in backend.explain(0, "mma")
     allowed = r"^backend: expected None or one of 'sm90', .*'reference'; got 'cublaslt', but batch_invariant=True"
     for device in (0, arrays.CPU):
         with pytest.raises(ValueError, match=allowed):
@@ -287,3 +292,22 @@ def test_where_a_kernel_of_our_own_runs(monkeypatch, name, capability, nvrtc, re
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     problem = backend._own_problem(name, 0)
     assert problem is None if reason is None else reason in problem
+
+
+def test_library_that_fails_its_self_test(monkeypatch):
+    monkeypatch.setattr(backend, "_device_problem", lambda device: (0, None))
+    monkeypatch.setattr(backend, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(backend.cublaslt, "search", lambda capability: ("found", ""))
+    monkeypatch.setattr(backend, "_self_test", lambda device: "gave wrong products")
+    assert backend.backends(0)["cublaslt"] == "gave wrong products"
+
+
+@pytest.mark.parametrize("experts", [8, 10_500])
+def test_no_more_early_weights_than_stages(experts, monkeypatch):
+    """Many experts leave room for few stages."""
+    weights, x, out = Weights(0, experts, 64, 128, paired=False), Matrix(0, 128, "uint8"), Matrix(0, 64, "float16")
+    groups, end = Groups(0, 0), End("PRODUCT")
+    (made,) = record([lambda: sm90.grouped_gemm(0, weights, x, 9, groups, out, end, sm90.TILES[0])])
+    constants = dict(made.constants)
+    assert constants["EARLY"] == min(sm90.EARLY, constants["STAGES"])
+    assert (constants["STAGES"] < sm90.EARLY) == (experts > 8)

@@ -237,3 +237,10 @@ def test_records_of_the_cells(name):
     assert not content["failures"]
     cells = {(*record["shape"], record["M"]) for record in content["records"] if record["impl"] == "cupy_moe"}
     assert len(cells) == COUNTS[name]
+
+
+def test_the_first_file_counts(monkeypatch):
+    """Of cells in several."""
+    record = summary.PLAIN | {"shape": [8, 2, 64, 32], "M": 1, "impl": "cupy_moe", "backend": "sm90"}
+    monkeypatch.setattr(summary, "load", lambda name: {"records": [record | {"us": name}]})
+    assert summary.cells("first", "second")[8, 2, 64, 32, 1]["cupy_moe"]["us"] == "first"

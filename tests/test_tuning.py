@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,3 +308,28 @@ def test_uniform_routing(tokens, topk, experts):
     assert counts.shape == (experts,)
     assert counts.sum() == tokens * topk
     assert counts.max() <= tokens, "different experts for a token"
+
+
+def test_times(monkeypatch):
+    """Microseconds of one call; a variant far behind is given up, the first one never."""
+    now = 0.0
+
+    class Event:
+        def record(self, stream):
+            self.at = now
+
+        def synchronize(self):
+            pass
+
+    def taking(us):
+        def call(stream):
+            nonlocal now
+            now += us / 1e3
+
+        return call
+
+    cuda = SimpleNamespace(
+        Event=Event, Stream=lambda **_: SimpleNamespace(ptr=0), get_elapsed_time=lambda start, stop: stop.at - start.at
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    assert tuning._times([taking(us) for us in (50, 10, 14, 16)]) == pytest.approx([50, 10, 14, float("inf")])

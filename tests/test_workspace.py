@@ -4,6 +4,7 @@
 import ctypes
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ def room(monkeypatch):
 def test_workspace_grows(room):
     workspace = Workspace()
     first = workspace.reserve(50, 0)
-    assert workspace.reserve(40, 0) == first
+    assert workspace.reserve(40, 0) == workspace.reserve(50, 0) == first
     assert (workspace.nbytes, workspace.generation) == (50, 1)
     assert workspace.reserve(60, 0) != first
     assert (workspace.nbytes, workspace.generation) == (60, 2)
@@ -76,3 +77,54 @@ def test_arguments_that_would_be_cut_off(value):
         driver._stored("n", ctypes.c_int32, value)
     with pytest.raises(ValueError, match=r"^n: expected a number of 32 bits"):
         driver._stored("fields", Fields, {"n": value, "table": (1, 2)})
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A driver that notes what it is asked for."""
+    asked = []
+
+    def exchange(mode):
+        asked.append(mode._obj.value)
+        mode._obj.value = asked[-2] if len(asked) > 1 else 0  # the mode before
+
+    def get(text, result, to):
+        to._obj.value = text
+
+    monkeypatch.setattr(driver, "library", lambda: SimpleNamespace(
+        cuFuncSetAttribute=lambda function, attribute, value: asked.append(value.value),
+        cuThreadExchangeStreamCaptureMode=exchange, cuLaunchKernelEx=None,
+        cuGetErrorName=partial(get, b"CUDA_ERROR"), cuGetErrorString=partial(get, b"what it means"),
+    ))
+    return asked
+
+
+def make_kernel(*, can_overlap=True):
+    function = SimpleNamespace(name="f", kernel=SimpleNamespace(ptr=1), shared_size_bytes=1024)
+    return driver.Kernel(function, {}, can_overlap=can_overlap)
+
+
+def test_limit_of_shared_memory(cuda):
+    """Raised where a kernel's own and the dynamic shared memory exceed 48 KiB together, and never lowered."""
+    kernel = make_kernel()
+    for nbytes in (0, 47 << 10, (47 << 10) + 1, 60000, 50000):
+        kernel.allow_shared_bytes(nbytes)
+    assert cuda == [(47 << 10) + 1, 60000]
+
+
+def test_launches_overlap_where_the_device_can(cuda):
+    for can_overlap in (True, False):
+        launch = driver.Launch(make_kernel(can_overlap=can_overlap), (1, 1), 32)
+        assert launch._config.attribute_count == 0
+        assert launch.overlapping()._config.attribute_count == can_overlap
+
+
+def test_capture_mode_is_given_back(cuda):
+    with pytest.raises(MemoryError), driver.relaxed_capture():
+        raise MemoryError
+    assert cuda == [driver.CAPTURE_MODE_RELAXED, 0]
+
+
+def test_error_of_the_driver(cuda):
+    with pytest.raises(driver.CudaError, match=r"^a call failed: CUDA_ERROR \(700\): what it means$"):
+        driver.check(700, "a call")
