@@ -28,7 +28,7 @@ from gpu_cases import (
     to_torch,
 )
 
-from cupy_moe import Experts, Workspace, backends, fused_experts, reference, tuning
+from cupy_moe import Experts, Workspace, backends, fused, fused_experts, reference, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gemm]
 
@@ -107,8 +107,9 @@ def test_many_sizes(seed):
     assert same_bits(got, Experts(**layer)(hidden[:1], call[0][:1], call[1][:1]))
 
 
-def test_many_layers(seed):
+def test_many_layers(seed, monkeypatch):
     """Layers come and go: `Experts` leave nothing behind, `fused_experts` remembers a limited number."""
+    monkeypatch.setattr(fused, "LAYERS_KEPT", 128)
     _, hidden, *call = make_small(seed, hidden=64, inner=64)
     codes = random_codes(seed, (6 * 128 * 64 + 16 * 700,))
     w2, scale = random_codes(seed + 1, (6, 64, 64)), cupy.full(6, 0.001, np.float32)
