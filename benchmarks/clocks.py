@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At what clock the GEMMs of prefill run: ``python -m benchmarks.clocks --out FILE.json``.
+"""At what clock the GEMMs run, and what each kernel reads and writes of the device's memory.
 
-The program starts itself again under Nsight Compute (``ncu``, a part of the CUDA toolkit), which counts nanoseconds and
-cycles of each kernel, and touches neither clock nor caches: of both GEMMs of calls of the backend `sm90` (scales per
-tensor, uniform routing), whose results are checked first, and of the dense product that the floor is made with. Each
-kernel has the device for itself and a pause in front. So what is below the highest clock is what that one kernel costs.
+``python -m benchmarks.clocks --out FILE.json`` starts itself again under Nsight Compute (``ncu``, a part of the CUDA
+toolkit), which counts nanoseconds, cycles and bytes of each kernel, and touches neither clock nor caches: of calls of
+the backend `sm90` (scales per tensor, uniform routing), whose results are checked first, and of the dense product that
+the floor is made with. Each kernel has the device for itself and a pause in front. So what is below the highest clock
+is what that one kernel costs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,9 +31,9 @@ from benchmarks.records import make_header, make_parser, save
 from benchmarks.table import ERROR_LIMITS, Check, parse_cells
 from cupy_moe import pipeline
 
-CELLS: cases.Cells = {shape: [4096, 16384] for shape in cases.SHAPES}
+CELLS: cases.Cells = {shape: [64, 512, 4096, 16384] for shape in cases.SHAPES}
 REPEATS = 5
-METRICS = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
+METRICS = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second", "dram__bytes_read.sum", "dram__bytes_write.sum"
 OPTIONS = (
     "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv", "--page", "raw",
     "--print-units", "base", "--metrics", ",".join(METRICS),
@@ -40,8 +41,14 @@ OPTIONS = (
 FLOP_PER_CYCLE = 8192
 """Of a multiprocessor of compute capability 9.0, fp8 without sparsity: 1979 TFLOP/s are 132 of them at 1830 MHz."""
 
-Kernel = tuple[str, float, float]
-"""Name, microseconds, MHz."""
+class Kernel(NamedTuple):
+    """One that ran."""
+
+    name: str
+    us: float
+    mhz: float
+    read_bytes: float  # of the device's memory, beyond the L2 cache
+    written_bytes: float
 
 
 @contextmanager
@@ -88,8 +95,11 @@ def read_kernels(text: str) -> list[Kernel]:
     if not lines:  # most often the driver keeps its counters to administrators
         raise RuntimeError(f"Nsight Compute counted nothing:\n{text}")
     _, *rows = csv.DictReader(lines)
-    values = ([float(row[metric].replace(",", "")) for metric in METRICS] for row in rows)
-    return [(row["Kernel Name"], ns / 1e3, hz / 1e6) for row, (ns, hz) in zip(rows, values, strict=True)]
+    kernels = []
+    for row in rows:
+        ns, hz, *moved = (float(row[metric].replace(",", "")) for metric in METRICS)
+        kernels.append(Kernel(row["Kernel Name"], ns / 1e3, hz / 1e6, *moved))
+    return kernels
 
 
 def count(arguments: list[str]) -> tuple[list[dict[str, Any]], list[Kernel]]:
@@ -106,7 +116,7 @@ def calls_of(kernels: list[Kernel]) -> list[list[Kernel]]:
     calls: list[list[Kernel]] = [[]]
     for kernel in kernels:
         calls[-1].append(kernel)
-        if kernel[0].startswith("combine"):
+        if kernel.name.startswith("combine"):
             calls.append([])
     assert not calls[-1], f"kernels behind the last call: {calls[-1]}"
     return calls[:-1]
@@ -114,7 +124,7 @@ def calls_of(kernels: list[Kernel]) -> list[list[Kernel]]:
 
 def rates_of(kernels: list[Kernel], operations: float, processors: int) -> dict[str, float]:
     """Time, clock and rate, and what the tensor cores do at that clock over what they could."""
-    us, mhz = median(us for _, us, _ in kernels), median(mhz for *_, mhz in kernels)
+    us, mhz = median(kernel.us for kernel in kernels), median(kernel.mhz for kernel in kernels)
     rate = operations / (us * 1e-6)
     return {"us": us, "sm_mhz": mhz, "flop_s": rate, "tensor_busy": rate / (processors * FLOP_PER_CYCLE * mhz * 1e6)}
 
@@ -124,14 +134,19 @@ def record_of(
 ) -> dict[str, Any]:
     """That of a cell; ``us`` is the sum of all kernels of a call, without the gaps between them."""
     (_, topk, k, n), M = cell["shape"], cell["M"]
-    gemms = [[kernel for kernel in call if kernel[0].startswith("grouped_gemm")] for call in calls]
+    gemms = [[kernel for kernel in call if kernel.name.startswith("grouped_gemm")] for call in calls]
     first, second = (list(of) for of in zip(*gemms, strict=True))
     operations = 2.0 * M * topk * k * n  # of GEMM 2; GEMM 1 has twice as many columns of weights
-    sums = timeline.summed_up([timeline.parts_of([(name, us) for name, us, _ in call]) for call in calls])
+    sums = timeline.summed_up([timeline.parts_of([(kernel.name, kernel.us) for kernel in call]) for call in calls])
+    traffic = [
+        {"kernel": each[0].name, **{of: median(getattr(kernel, of) for kernel in each) for of in Kernel._fields[3:]}}
+        for each in zip(*calls, strict=True)
+    ]
     return {
         "impl": "cupy_moe", "backend": "sm90", "scheme": "tensor", "mode": "eager", "l2": "warm", **cell,
         "floor_us": cases.floor_us(cell["shape"], M, cell["active"], rates["read_bytes_s"], rates["fp8_flop_s"]),
         **sums, "gemm1": rates_of(first, 2 * operations, processors), "gemm2": rates_of(second, operations, processors),
+        "traffic": traffic,
     }
 
 
@@ -151,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, kernels = count(arguments)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     dense, calls = kernels[:REPEATS], calls_of(kernels[REPEATS:])
-    assert len({name for name, *_ in dense}) == 1, f"the dense product is not one kernel: {dense}"
+    assert len({kernel.name for kernel in dense}) == 1, f"the dense product is not one kernel: {dense}"
     assert len(calls) == REPEATS * len(known), f"{len(calls)} calls in {len(known)} cells"
     header["dense"] = rates_of(dense, timing.DENSE_OPERATIONS, processors)
     records = []

@@ -76,7 +76,7 @@ def test_sustained(no_clock, nvml, monkeypatch, tmp_path, capsys):
     assert not content["records"]
 
 
-NCU_LINE = '"{}","{}","{:,.0f}","{:,.0f}"'
+NCU_LINE = '"{}","{}","{:,.0f}","{:,.0f}","{:,.0f}","{:,.0f}"'
 
 
 def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
@@ -102,8 +102,9 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
             on = event == "on" if event in ("on", "off") else on
             if on and event != "on":
                 counted += ["grouped_gemm", "requantize", "grouped_gemm", "combine"] if event else ["dense"]
-        rows = [NCU_LINE.format(i, name, 2000 + 10 * (i % 2), 1.5e9) for i, name in enumerate(counted)]
-        text = ["==PROF== Profiling", '"ID","Kernel Name","{}","{}"'.format(*clocks.METRICS), '"","","ns","hz"', *rows]
+        rows = [NCU_LINE.format(i, name, 2000 + 10 * (i % 2), 1.5e9, 4000 + i, 5000) for i, name in enumerate(counted)]
+        titles = ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *clocks.METRICS))
+        text = ["==PROF== Profiling", titles, '"","","ns","hz","byte","byte"', *rows]
         with open(command[command.index("--log-file") + 1], "w") as log:
             log.write("\n".join(text))
 
@@ -124,6 +125,8 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
         assert one[gemm]["us"] == one["parts"][gemm]
         assert one[gemm]["flop_s"] == pytest.approx(of / (one[gemm]["us"] * 1e-6))
         assert one[gemm]["tensor_busy"] == pytest.approx(one[gemm]["flop_s"] / (100 * 8192 * 1.5e9))
+    assert [each["kernel"] for each in one["traffic"]] == ["grouped_gemm", "requantize", "grouped_gemm", "combine"]
+    assert all(4000 < each["read_bytes"] < 4100 and each["written_bytes"] == 5000 for each in one["traffic"])
     monkeypatch.setitem(clocks.ERROR_LIMITS, "cupy_moe", 0)
     events.clear()
     assert clocks.main(["--out", str(out), "--commit", "0" * 40]) == 1
