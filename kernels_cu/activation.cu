@@ -36,18 +36,17 @@ __device__ __forceinline__ int expert_of(const Source& source, int row) {
     return source.row_experts ? source.row_experts[row] : 0;
 }
 
-// Of a row, what one weight scale per expert and the row make of the gates and of the ups: finite, or the zeros of tokens beside
-// a huge one would be NaN.
+// Of a row, what one weight scale per expert and the row make of the gates and of the ups.
 struct Factors { float gate, up; };
 
 __device__ __forceinline__ float saturated(float x) { return x > LARGEST ? LARGEST : x; }
 
 __device__ __forceinline__ Factors factors_of(const Source& source, int row, int expert) {
     const long long index = (long long)row * source.x_scale_row_stride + expert * source.x_scale_expert_stride;
-    const float row_scale = saturated(source.unit * pick(source.x_scale, index, 1.0f));
+    const float row_scale = source.unit * pick(source.x_scale, index, 1.0f);
     if constexpr (PER_CHANNEL) return {row_scale, row_scale};
     const float* of_expert = source.w_scale ? source.w_scale + (long long)expert * source.w_scale_stride : nullptr;
-    return {saturated(row_scale * pick(of_expert, 0, 1.0f)), saturated(row_scale * pick(of_expert, source.w_scale_up, 1.0f))};
+    return {row_scale * pick(of_expert, 0, 1.0f), row_scale * pick(of_expert, source.w_scale_up, 1.0f)};
 }
 
 // Eight columns of the gates (up = 0) or the ups (up = 1), and what they have of scales and bias.
@@ -95,6 +94,8 @@ struct Unactivated {
     // Eight activated columns; returns the larger of their largest finite magnitude and `largest`, biased.
     __device__ __forceinline__ int activated(Factors by, int largest, float (&v)[VECTOR]) const {
         float ups[VECTOR];
+        // Or the zeros of tokens beside a huge one would be NaN. Not where the factors are made: loads would wait for them.
+        by = {saturated(by.gate), saturated(by.up)};
         gate.scaled(by.gate, v);
         if constexpr (GATED) up.scaled(by.up, ups);
 #pragma unroll
