@@ -12,7 +12,7 @@ import sys
 from statistics import median
 from typing import Any
 
-from benchmarks import accuracy, power
+from benchmarks import accuracy, power, traffic
 from benchmarks.summary import (
     BACKENDS,
     DEVICE,
@@ -179,7 +179,7 @@ def details() -> str:
         "\"activation\" is what stands between the two GEMMs. " + waits, "",
         "![Parts of a call](images/parts.png)", "", *parts_table(), "",
     ]
-    lines += [*power.kept_busy(), *power.clocks()]
+    lines += [*power.kept_busy(), *power.clocks(), *traffic.traffic()]
     steps = load(STEPS)
     if steps["records"]:
         rates = steps["header"]["rates"]

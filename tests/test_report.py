@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import history, report, summary
+from benchmarks import history, report, summary, traffic
 from cupy_moe import backend
 
 ROOT, RESULTS = summary.ROOT, summary.RESULTS
@@ -244,3 +244,14 @@ def test_the_first_file_counts(monkeypatch):
     record = summary.PLAIN | {"shape": [8, 2, 64, 32], "M": 1, "impl": "cupy_moe", "backend": "sm90"}
     monkeypatch.setattr(summary, "load", lambda name: {"records": [record | {"us": name}]})
     assert summary.cells("first", "second")[8, 2, 64, 32, 1]["cupy_moe"]["us"] == "first"
+
+
+def test_traffic_of_a_call():
+    """Each kernel in its column: the codes in front of GEMM 1 and those behind it are made by kernels of one name."""
+    names = ("route", "amax_tokens", "quantize_shuffle", "grouped_gemm", "quantize_shuffle", "grouped_gemm", "combine")
+    kernels = [{"kernel": name, "read_bytes": i * 1e6, "written_bytes": i * 1e8} for i, name in enumerate(names)]
+    assert traffic.by_column(kernels) == {
+        name: (i * 1e6, i * 1e8) for i, name in enumerate(traffic.COLUMNS, start=1)
+    }
+    record = {"shape": [8, 2, 4096, 64], "M": 1000, "traffic": kernels[1:]}
+    assert traffic.traffic_table([record])[-1].startswith("| 8, 2, 4096, 64 | 1000 | 8.2 | 1.0 / 100 | 2.0 / 200 |")
