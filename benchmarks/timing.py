@@ -263,7 +263,9 @@ def query(*command: str) -> str:
 
 
 def clocks() -> dict[str, str]:
-    """Driver, clocks, power limit and temperature as ``nvidia-smi`` finds them now."""
+    """Driver, clocks, power limit and temperature as ``nvidia-smi`` finds them now; ends the program without a GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU that torch can use: it finds no CUDA device, or is a build for CPUs")
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
     found = query("nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader")
     return dict(zip(fields.split(","), found.split(", "), strict=False))

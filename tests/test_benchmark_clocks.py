@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from benchmark_cases import SHAPE, without_clock  # noqa: E402
 
-from benchmarks import clocks, sustained, timing  # noqa: E402
+from benchmarks import clocks, sustained, table, timing  # noqa: E402
 
 
 @pytest.fixture
@@ -130,6 +130,13 @@ def test_clocks(no_clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(clocks.ERROR_LIMITS, "cupy_moe", 0)
     events.clear()
     assert clocks.main(["--out", str(out), "--commit", "0" * 40]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("benchmark", [sustained, table])
+def test_without_a_gpu(benchmark):
+    with pytest.raises(SystemExit, match=r"^this needs a GPU that torch can use"):
+        benchmark.main(["--out", "never.json"])
 
 
 def test_clocks_without_ncu(monkeypatch, capsys):
