@@ -39,6 +39,7 @@ PREFERRED = (
     Preference(72, Tile(64, 4)),
     Preference(float("inf"), Tile(96, 3)),
 )
+"""Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them."""
 _CHOICE: Tiles[Tile] = Tiles("mma", PREFERRED)
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 

@@ -80,6 +80,7 @@ PREFERRED = (
     Preference(3000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
+"""Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them."""
 NARROW, NARROW_COLUMNS = Tile(16, 13, channels=64), 8192
 """In place of the first where that would leave half of the multiprocessors without a tile, and columns of the weights
 from which on it pays."""
