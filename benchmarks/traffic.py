@@ -20,6 +20,7 @@ def traffic() -> list[str]:
         "## What goes to memory", "",
         f"{device_of(CLOCKS)}, scales per tensor, uniform routing. MB that each kernel of a call reads / writes beyond "
         "the L2 cache, as Nsight Compute counts them; each kernel was started when the one in front of it was done. "
+        "Writes are those that leave the L2 cache meanwhile, some of them what kernels before have written. "
         "\"Hidden states\" is their size: the kernel that finds their maximum reads them once, and the one that makes "
         "their codes has them again.", "",
         *traffic_table(records), "",

@@ -20,6 +20,8 @@ Shape = tuple[int | str, ...]
 """A shape to match: sizes, or the names of sizes that may be anything."""
 ONE: tuple[Shape, ...] = ((), (1,), (1, 1))
 """Shapes of one scale for all."""
+MOST_SLOTS = 1024
+"""Experts per token on a GPU, where `combine` has what it knows of them in shared memory."""
 
 
 def library_of(name: str, x: Any) -> Library:

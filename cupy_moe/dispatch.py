@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
     expert_map: int = 0
     map_size: int = 0
     tables: Tables = Tables()
-    scratch: int = 0  # (route_blocks * experts,) int32, if that are several blocks
+    scratch: int = 0  # as many int32 as `route_scratch` says
 
     def read(self, tokens: int) -> dict[str, Any]:
         """What the kernels are told of the pairs."""
@@ -82,28 +82,34 @@ def _pairs_per_block(pairs: int) -> int:
 
 
 def route_blocks(pairs: int) -> int:
-    """Blocks that `route` cuts ``pairs`` into; its scratch takes ``blocks * experts`` int32 if there are several."""
+    """Blocks that `route` cuts ``pairs`` into."""
     return max(-(-pairs // _pairs_per_block(pairs)), 1)
+
+
+def route_scratch(device: int, pairs: int, experts: int) -> int:
+    """How many int32 of scratch memory `route` needs: none where one launch does it all."""
+    blocks = route_blocks(pairs)
+    return 0 if blocks == 1 or (blocks <= ROUTE_CLUSTER and compiler.has_clusters(device)) else blocks * experts
 
 
 def route(device: int, tokens: int, routing: Pairs) -> list[Launch]:
     """Expert counts, offsets, both maps and the pointer tables from ``topk_ids``."""
     pairs = tokens * routing.topk
-    blocks = route_blocks(pairs)
-    cluster = ROUTE_CLUSTER if 1 < blocks <= ROUTE_CLUSTER and compiler.has_clusters(device) else 1
-    pairs_of_block = -(-pairs // cluster) if blocks == 1 or cluster > 1 else _pairs_per_block(pairs)
+    blocks, split = route_blocks(pairs), route_scratch(device, pairs, routing.experts) > 0
+    cluster = 1 if split or blocks == 1 else ROUTE_CLUSTER
+    pairs_of_block = _pairs_per_block(pairs) if split else -(-pairs // cluster)
     threads, shared = _route_block(pairs_of_block, routing.experts)
 
     def launch(name: str, grid: int, **arguments: Any) -> Launch:
         kernel = compiler.kernel("route.cu", name, device, Id=_ID_TYPES[routing.id_dtype], CLUSTER=cluster)
         return Launch(kernel, (grid, 1), threads, shared_bytes=shared, **routing.read(tokens), **arguments)
 
-    if blocks == 1 or cluster > 1:
+    if not split:
         return [launch("route", cluster, **routing.written())]
-    split: dict[str, Any] = {"pairs_per_block": pairs_of_block, "block_counts": routing.scratch}
+    counts: dict[str, Any] = {"pairs_per_block": pairs_of_block, "block_counts": routing.scratch}
     return [
-        launch("route_count", blocks, **split, spans=routing.maps.spans),
-        launch("route_place", blocks, **split, **routing.written()),
+        launch("route_count", blocks, **counts, spans=routing.maps.spans),
+        launch("route_place", blocks, **counts, **routing.written()),
     ]
 
 

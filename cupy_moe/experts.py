@@ -33,8 +33,8 @@ class Experts:
         float32. Per tensor (E,), (E, 1) or (E, 1, 1); gate and up apart (E, 2), for ``w1`` only; per channel (E, R) or
         (E, R, 1), and (E, K) or (E, K, 1).
     a1_scale, a2_scale
-        Scales of the activations in front of each GEMM. None: dynamic. A number, or an array () or (1,): static. (E,):
-        static per expert. ``a1_scale`` of fp8 hidden states: one, or (M, 1). From 2**-126 to 2**126.
+        Scales of the activations in front of each GEMM. None: dynamic. A number, or an array (), (1,) or (1, 1):
+        static. (E,): static per expert. ``a1_scale`` of fp8 hidden states: one, or (M, 1). From 2**-126 to 2**126.
     per_act_token
         Dynamic scales per token instead of per tensor.
     activation
@@ -218,7 +218,8 @@ class Experts:
         Parameters
         ----------
         M
-            Numbers of tokens, each for all with the same power of two of rows; None: 1, 2, 4, ... 4096.
+            Numbers of tokens, each for all with the same power of two of rows that the experts here can expect; None:
+            1, 2, 4, ... 4096.
         topk
             Experts per token, which are drawn uniformly. For `batched` 1, and E * max_tokens as ``M``.
 

@@ -55,7 +55,10 @@ def fused_experts(
     ready = _is_fp8(hidden_states)
     checked = spec.layer_spec(**options, a1_scale=None if ready else a1_scale)
     experts = _cached_experts(checked, backend)
-    return experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
+    result = experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
+    if experts._captured:
+        _recorded.add(experts)  # another thread may have let it go while it was called
+    return result
 
 
 _layers_lock = threading.Lock()
@@ -63,6 +66,7 @@ _Place = tuple[int, tuple[int, int]]  # device, stream
 _Key = tuple[_Place, str | None, LayerSpec]  # where, backend, addresses and options
 _layers: OrderedDict[_Key, Experts] = OrderedDict()
 _workspaces: dict[_Place, Workspace] = {}
+_recorded: set[Experts] = set()
 
 
 def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
@@ -71,16 +75,13 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
         return Experts._of(checked, backend, None)
     place = checked.device, driver.stream_identity(checked.library.stream(checked.device))
     key = (place, backend, checked.without_arrays())
-    capturing = arrays.is_capturing(checked.library, checked.device)
     with _layers_lock:
-        if capturing and key not in _layers:
+        if key not in _layers and arrays.is_capturing(checked.library, checked.device):
             # Captures run on streams of their own: what the calls before the capture made is what this graph takes.
             key = next((other for other in _layers if other[1:] == key[1:] and other[0][0] == place[0]), key)
         experts = _layers.get(key)
         if experts is not None:
             _layers.move_to_end(key)
-            if capturing:  # not only once it is called: another thread may let it go before
-                experts._captured = True
             return experts
         experts = Experts._of(checked, backend, _workspaces.setdefault(place, Workspace()))
         if experts.backend == "reference" or experts._layer.copies:

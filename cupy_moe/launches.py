@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cupy_moe import compiler, grids
 from cupy_moe.arrays import Array
+from cupy_moe.checks import ONE
 from cupy_moe.driver import Kernel, Launch
 from cupy_moe.grids import STRETCH_THREADS, VECTOR
 
@@ -61,7 +62,7 @@ class RowScale(NamedTuple):
     @classmethod
     def of(cls, scale: Array) -> RowScale:
         """A checked scale: one, (), (1,) or (1, 1); one per expert, (E,); or one per row, (rows, 1)."""
-        one = all(size == 1 for size in scale.shape)
+        one = scale.shape in ONE
         per_expert = len(scale.shape) == 1 and not one
         return cls(scale.pointer, row_stride=int(not (one or per_expert)), expert_stride=int(per_expert))
 

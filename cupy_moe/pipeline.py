@@ -60,10 +60,10 @@ class Layer:
     """A layer on one device: weights as the GEMMs want them, scales, tables and the GEMMs of a backend."""
 
     def __init__(self, spec: LayerSpec, backend: str) -> None:
-        import cupy
-
         if spec.num_experts > MOST_EXPERTS:
             raise ValueError(f"w1: expected at most {MOST_EXPERTS} experts on a GPU; got {spec.num_experts}")
+        import cupy
+
         tuning.CACHE.load()
         self.spec = spec.without_arrays()
         self.device = spec.device

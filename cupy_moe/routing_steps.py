@@ -92,8 +92,8 @@ def route(topk_ids: Any, num_experts: int, *, expert_map: Any = None) -> Routing
         return Routing(*arguments.reference(reference.route, topk_ids, experts, expert_map=expert_map))
     tokens, topk = ids.shape
     rows = tokens * topk
-    blocks = dispatch.route_blocks(rows)
-    scratch = arguments.scratch((blocks * experts,), "int32") if blocks > 1 else 0
+    needed = dispatch.route_scratch(arguments.device, rows, experts)
+    scratch = arguments.scratch((needed,), "int32") if needed else 0
     made = Routing(
         *(arguments.empty(shape, "int32") for shape in ((experts + 1,), (experts,), (rows,), (tokens, topk), (rows,)))
     )

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 
 from cupy_moe import checks
 from cupy_moe.activations import ACTIVATIONS
-from cupy_moe.arrays import Array, Library
-
-MOST_SLOTS = 1024
-"""Experts per token: `combine` has what it knows of them in shared memory."""
+from cupy_moe.arrays import CPU, Array, Library
 
 
 class Operand(NamedTuple):
@@ -123,7 +120,8 @@ def layer_spec(
             raise ValueError(f"{name}: expected float32 of shape (E,), or (E, {channels}) per channel; got None")
         shapes = checks.weight_scale_shapes(num_experts, channels, halves)
         info = checks.describe(name, x, library, device)
-        blocks = " (block-wise scales are not supported)" if len(info.shape) == 3 else ""
+        in_blocks = len(info.shape) == 3 and 1 not in info.shape[1:]
+        blocks = " (block-wise scales are not supported)" if in_blocks else ""
         return Operand(x, checks.expect(name, info, ("float32",), *shapes, since=blocks))
 
     def activation_scale(name: str, x: Any) -> Scale | None:
@@ -227,8 +225,11 @@ def check_call(spec: LayerSpec, call: Call) -> None:
         checks.expect("hidden_states", hidden, dtypes, ("M", spec.hidden_size), rows_only=True)
         checks.expect("topk_ids", call.ids, checks.INDICES, (hidden.shape[0], "topk"))
         checks.expect("topk_weights", call.topk_weights, ("float32",), call.ids.shape)
-        if not 1 <= call.ids.shape[1] <= MOST_SLOTS:
-            raise ValueError(f"topk_ids: expected from 1 to {MOST_SLOTS} experts per token; got {call.ids.shape}")
+        if call.ids.shape[1] < 1:
+            raise ValueError(f"topk_ids: expected at least one expert per token; got shape {call.ids.shape}")
+        if spec.device != CPU and call.ids.shape[1] > checks.MOST_SLOTS:
+            most = f"at most {checks.MOST_SLOTS} experts per token on a GPU"
+            raise ValueError(f"topk_ids: expected {most}; got shape {call.ids.shape}")
     _check_hidden_scale(spec, call)
     if call.out is not None:
         allowed = (spec.out_dtype,) if spec.out_dtype else checks.FLOATS

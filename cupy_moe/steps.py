@@ -27,17 +27,17 @@ def quantize_fp8(x: Any, scale: Any = None, *, per_token: bool = False) -> tuple
     x
         (M, C) float16, bfloat16 or float32; any distance between rows.
     scale
-        float32. None: dynamic, ``max(amax, 1e-30) / 448`` over the finite values. A number, () or (1,): for all of
-        ``x``. (M, 1): one per token.
+        float32. None: dynamic, ``max(amax, 1e-30) / 448`` over the finite values. A number, (), (1,) or (1, 1): for
+        all of ``x``. (M, 1): one per token.
     per_token
-        A dynamic scale per token instead of one for all; without a part where ``scale`` is given.
+        A dynamic scale per token instead of one for all; ignored if ``scale`` is given.
 
     Returns
     -------
     q
         (M, C) float8_e4m3fn of the OCP 8-bit floating point specification (uint8 codes in CuPy).
     scale
-        (1,) or (M, 1) float32.
+        As given, a number or () as (1,); else (1,) or (M, 1) float32.
 
     Raises
     ------
@@ -89,11 +89,11 @@ def activation_quantize(
     activation
         As in `Experts`.
     scale
-        Of the result: None dynamic; a number, () or (1,) static; (E,) static per expert.
+        Of the result: None dynamic; a number, (), (1,) or (1, 1) static; (E,) static per expert.
     per_token
-        Dynamic scales per row instead of one; without a part where ``scale`` is given.
+        Dynamic scales per row instead of one; ignored if ``scale`` is given.
     x_scale
-        Of the rows: None for 1; a number, () or (1,); (rows, 1); (E,) per expert.
+        Of the rows: None for 1; a number, (), (1,) or (1, 1); (rows, 1); (E,) per expert.
     w_scale
         Of the weights, any kind that `Experts` takes for ``w1_scale``; None for 1.
     bias
@@ -167,7 +167,7 @@ def grouped_gemm_fp8(
         (E + 1,) int32, none less than the one before: the rows of expert ``e`` are
         ``expert_offsets[e] : expert_offsets[e + 1]``.
     a_scale
-        None for 1; a number, () or (1,); (rows, 1); (E,) per expert.
+        None for 1; a number, (), (1,) or (1, 1); (rows, 1); (E,) per expert.
     b_scale
         None for 1; per tensor (E,), (E, 1) or (E, 1, 1); per channel (E, n) or (E, n, 1).
     bias
@@ -197,13 +197,14 @@ def grouped_gemm_fp8(
     by_weight = arguments.weight_scale("b_scale", b_scale, experts, n, 0)
     shift = arguments.optional("bias", bias, FLOATS, (experts, n))
     dtype = checks.float_dtype("out_dtype", out_dtype)
+    if not arguments.on_cpu:  # in front of the choice, which may try a library out
+        arguments.refuse_capture()
     chosen = backend_choice.choose(arguments.device, backend)
     if chosen == "reference":
         return arguments.reference(
             reference.grouped_gemm_fp8, a, b, expert_offsets, a_scale=a_scale, b_scale=b_scale, bias=bias,
             out_dtype=dtype,
         )
-    arguments.refuse_capture()
     out = arguments.zeros((left.shape[0], n), dtype)
     if 0 in left.shape or 0 in right.shape:
         return out
@@ -264,6 +265,8 @@ def combine(
             row_experts=row_experts, out_dtype=dtype,
         )
     tokens, topk = index.shape
+    if topk > checks.MOST_SLOTS:
+        raise ValueError(f"src2dst_map: expected at most {checks.MOST_SLOTS} slots per token on a GPU; got {topk}")
     out = arguments.zeros((tokens, cols), dtype)
     if 0 not in (*info.shape, tokens, topk):
         arguments.run(launches.combine(

@@ -50,7 +50,9 @@ def path() -> Path:
         # A relative path there is to be ignored, says the XDG specification.
         caches = caches if os.path.isabs(caches) else os.path.expanduser("~/.cache")
         # "~" stays where a user has no home.
-        folder = os.path.join(caches if os.path.isabs(caches) else tempfile.gettempdir(), "cupy_moe")
+        folder = os.path.join(caches, "cupy_moe")
+        if not os.path.isabs(folder):
+            folder = os.path.join(tempfile.gettempdir(), f"cupy_moe-{os.getuid()}")
     return Path(folder) / f"tuning-{FORMAT}.json"
 
 
@@ -149,7 +151,7 @@ def _write(where: Path, records: Mapping[str, Record]) -> None:
 @contextmanager
 def _alone(where: Path) -> Iterator[None]:
     """Keep other processes from writing between reading and replacing, where platform and file system have locks."""
-    with open(where.with_suffix(".lock"), "w") as file:
+    with open(where.with_suffix(".lock"), "a") as file:
         with suppress(ImportError, OSError):
             import fcntl
 

@@ -10,7 +10,7 @@ from torch import nn
 import cupy_moe
 
 M, K, N, E, TOPK = 48, 512, 768, 8, 2  # tokens, hidden size, intermediate size, experts, experts per token
-LAYERS = {}  # by name: an operator of torch takes no Experts
+LAYERS = {}  # by name: an operator of torch takes no Experts; put both into a module of your own, imported once
 
 
 # What a call launches are no operators of torch, so torch.compile has to be told what comes out of it.
@@ -46,6 +46,8 @@ class MoE(nn.Module):
         # `Experts` holds tensors, not parameters: make the module on the device where it will run.
         q1, w1_scale = quantize_weights(w1)
         q2, w2_scale = quantize_weights(w2)
+        if name in LAYERS:
+            raise ValueError(f"there is a layer called {name!r} already")
         LAYERS[name] = cupy_moe.Experts(
             q1, q2, w1_scale=w1_scale, w2_scale=w2_scale, per_act_token=True, backend=available_backend(w1.device)
         )
@@ -110,7 +112,7 @@ def main():
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert y.device == x.device
-    # With the default backend, or vLLM's, as with this one, which needs no C++ compiler.
+    # As with torch's default backend; this one needs no C++ compiler.
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), y)
 
     want = float32_layer(x.reshape(M, K), router, w1, w2).reshape(x.shape)

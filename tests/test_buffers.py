@@ -126,6 +126,8 @@ def test_what_is_needed_at_the_same_time_lies_apart(kind, seed):
 def test_what_is_packed(rows, columns, options, dtype):
     layer = make_layer("sm90", 8, 1024, columns, **options)
     assert Buffers(layer, rows).inner.dtype == dtype
+    room = launches.packed_rows(rows, 8) if dtype == "packed" else rows
+    assert layer.gemms.inner(layer, rows, False) == (room, columns, dtype), "for all rows, whoever gets them"
     assert Buffers(layer, rows, comparable=True).inner.dtype == "float32"
     assert Buffers(make_layer("mma", 8, 1024, columns, **options), rows).inner.dtype == "float32"
 

@@ -10,7 +10,7 @@ import pytest
 from rejections import assert_rejected
 
 import cupy_moe
-from cupy_moe import Experts, Workspace, arrays, checks
+from cupy_moe import Experts, Workspace, arrays, checks, pipeline
 
 K, N, E = 32, 16, 4
 FP8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
@@ -299,8 +299,21 @@ def test_numbers_of_the_map():
 
 
 def test_block_wise_scales():
-    parts = ("(E, 1, 1)".replace("E", str(E)), "block-wise scales are not supported", "got (")
+    parts = (f"({E}, 1, 1)", "block-wise scales are not supported", f"got ({E}, 2, 3)")
     assert_rejected(ValueError, "w1_scale", parts, Experts, **layer_arguments() | {"w1_scale": floats(E, 2, 3)})
+    with pytest.raises(ValueError, match=rf"^w1_scale: expected shape [^a-z]+ or [^b]+; got \({E + 1}, 1, 1\)$"):
+        Experts(**layer_arguments() | {"w1_scale": floats(E + 1, 1, 1)})
+
+
+def test_experts_that_tokens_choose_from():
+    for size, wanted in ((9, 9), (2, E)):
+        assert Experts(**layer_arguments(), expert_map=np.zeros(size, np.int32))._spec.experts_routed_to == wanted
+    assert Experts(**layer_arguments())._spec.experts_routed_to == E
+
+
+def test_more_experts_than_a_gpu_takes():
+    spec = Experts(**layer_arguments(experts=2049))._spec  # the reference takes them
+    assert_rejected(ValueError, "w1", ("at most 2048 experts on a GPU", "got 2049"), pipeline.Layer, spec, "sm90")
 
 
 def test_repr():

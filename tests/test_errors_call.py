@@ -77,11 +77,7 @@ WRONG_CALLS = [
     ({"topk_ids": np.zeros((2, M), np.int32).T}, "topk_ids", ValueError, CONTIGUOUS),
     (
         {"topk_ids": np.zeros((M, 0), np.int32), "topk_weights": floats(M, 0)},
-        "topk_ids", ValueError, ("from 1 to 1024 experts", f"({M}, 0)"),
-    ),
-    (
-        {"topk_ids": np.zeros((M, 1025), np.int32), "topk_weights": floats(M, 1025)},
-        "topk_ids", ValueError, ("from 1 to 1024 experts", f"({M}, 1025)"),
+        "topk_ids", ValueError, ("at least one expert", f"({M}, 0)"),
     ),
     ({"topk_weights": np.ones((M, TOPK), np.float16)}, "topk_weights", TypeError, ("float32", "got float16")),
     ({"topk_weights": np.ones((M, TOPK))}, "topk_weights", TypeError, ("float32", "got float64")),

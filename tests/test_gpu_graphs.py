@@ -191,6 +191,7 @@ def test_what_cannot_be_captured(seed):
         for step in (
             lambda: cupy_moe.quantize_fp8(hidden), lambda: cupy_moe.activation_quantize(hidden),
             lambda: cupy_moe.route(many, 6), lambda: cupy_moe.grouped_gemm_fp8(w1[0], w1, offsets),
+            lambda: cupy_moe.grouped_gemm_fp8(w1[0], w1, offsets, backend="reference"),
         ):
             with pytest.raises(RuntimeError, match=r"^this step takes scratch memory of its own"):
                 step()
@@ -319,3 +320,26 @@ def test_torch_graph(torch, mode, form, seed):
             assert torch.equal(got[valid], want[valid])
         else:
             assert torch.equal(got, want)
+
+
+def test_steps_in_a_torch_graph(torch, seed):
+    """Their scratch memory is the graph's own."""
+    made = ((normal(seed + i, (700, 256), "bfloat16"), make_routing(seed + i, 3000, 2, 6)[1]) for i in range(2))
+    inputs = [tuple(map(torch.from_dlpack, each)) for each in made]
+
+    def run(x, ids):
+        return *cupy_moe.quantize_fp8(x), *cupy_moe.activation_quantize(x), *cupy_moe.route(ids, 6)
+
+    wants = [run(*each) for each in inputs]
+    buffers, graph = [x.clone() for x in inputs[0]], torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = run(*buffers)
+    for buffer, x in zip(buffers, inputs[1], strict=True):
+        buffer.copy_(x)
+    filler = torch.full((1 << 22,), 0xFF, dtype=torch.uint8, device="cuda")  # of what has been given back, if anything
+    graph.replay()
+    torch.cuda.synchronize()
+    del filler
+    for made, want in zip(got, wants[1], strict=True):
+        assert torch.equal(made.view(torch.uint8), want.view(torch.uint8))

@@ -302,6 +302,25 @@ def test_backends(seed):
     assert same_bits(out, want)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_rows_come_to_a_rank(scheme, seed):
+    """Of a map that lets it expect an eighth of them: tiles and buffers are for any number."""
+    layer, hidden, weights, _ = make_small(seed, tokens=700, topk=2, **SCHEMES[scheme])
+    mapped = cupy.full(48, -1, np.int32)
+    mapped[7:13] = cupy.arange(6)
+    ids = make_routing(seed, 700, 2, 6)[1] + 7
+    check_layer({**layer, "expert_map": mapped}, hidden, weights, cupy.asarray(ids, np.int32))
+
+
+def test_experts_per_token(seed):
+    layer, hidden, *_ = make_small(seed, tokens=3)
+    call = cupy.ones((3, 1025), np.float32), cupy.zeros((3, 1025), np.int32)
+    with pytest.raises(ValueError, match=r"^topk_ids: expected at most 1024 experts per token on a GPU; got .*1025"):
+        Experts(**layer)(hidden, *call)
+    with pytest.raises(ValueError, match=r"^src2dst_map: expected at most 1024 slots per token on a GPU; got 1025"):
+        cupy_moe.combine(hidden, call[1])
+
+
 def test_self_test_of_the_library(monkeypatch):
     if cupy_moe.backends(0)["cublaslt"] != "available":
         pytest.skip("needs cuBLASLt with grouped fp8 matmul")

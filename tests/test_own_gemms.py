@@ -157,6 +157,24 @@ def test_tiles_for_experts_held_elsewhere(cache, monkeypatch, name):
     assert kernel.tile_for(0, part, 2048) != kernel.tile_for(0, whole, 2048)
 
 
+@both
+def test_blocks_for_all_rows(cache, monkeypatch, name):
+    """However few an expert can expect, all of them may come."""
+    kernel, grids = KERNELS[name][0], []
+    monkeypatch.setattr(compiler, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(compiler, "kernel", lambda *args, **constants: None)
+    monkeypatch.setattr(backend, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(sm90, "tensor_map", lambda *args: (0,) * 16)
+    monkeypatch.setattr(kernel, "Launch", lambda kernel, grid, *args, **arguments: grids.append(grid[0]))
+    for routed_to in (1, 64):
+        weights = kernel.Weights(0, 1, 256, 128, paired=False, routed_to=routed_to)
+        tile = kernel.TILES[0]
+        kernel.grouped_gemm(
+            0, weights, Matrix(0, 128, "uint8"), 16 * 20, Groups(0, 0), Matrix(0, 256, "float16"), End("PRODUCT"), tile
+        )
+    assert grids == [42, 42]  # up to 21 row tiles, two stretches of weight rows
+
+
 def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
     monkeypatch.setattr(compiler, "multiprocessors", lambda device: 132)
     usual, narrow, k = sm90.PREFERRED[0].tile, sm90.NARROW, sm90.NARROW_COLUMNS
@@ -166,6 +184,8 @@ def test_narrow_tiles_where_wide_ones_are_few_and_long(cache, monkeypatch):
         weights = Weights(0, *shape, paired=False)
         for rows, tile in of.items():
             assert sm90.tile_for(0, weights, rows) == sm90.candidates(0, weights, rows)[0] == tile, (shape, rows)
+    part = Weights(0, 8, 4096, k, paired=False, routed_to=64)
+    assert [sm90.tile_for(0, part, rows) for rows in (16, 24)] == [narrow, usual], "an eighth of the rows"
     weights = Weights(0, 8, 4096, k, paired=False)
     cache.store({sm90.key(0, weights, 2): {**usual._asdict(), "us": 1.0}})
     assert sm90.tile_for(0, weights, 2) == usual, "tuning knows better"

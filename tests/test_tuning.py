@@ -55,7 +55,7 @@ def test_folder(monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
         assert tuning.path() == tmp_path / ".cache" / "cupy_moe" / "tuning-1.json"
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
-    assert tuning.path() == Path(tempfile.gettempdir(), "cupy_moe", "tuning-1.json")
+    assert tuning.path() == Path(tempfile.gettempdir(), f"cupy_moe-{os.getuid()}", "tuning-1.json")
 
 
 def test_rows_up_to_a_power_of_two_share_a_key():
@@ -122,6 +122,16 @@ def test_processes_at_the_same_time(file):
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
     assert stored(file) == {f"{name} {i}": {"tile": i} for name in "abc" for i in range(20)}
+
+
+def test_lock_that_is_something_else(file, tmp_path):
+    """Another user's link in a shared folder: what it leads to stays as it is."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    file.parent.mkdir()
+    file.with_suffix(".lock").symlink_to(precious)
+    Cache().store({"k": RECORD})
+    assert precious.read_text() == "kept"
 
 
 def test_file_for_other_users(file):

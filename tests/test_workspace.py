@@ -3,6 +3,7 @@
 
 import ctypes
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -123,6 +124,13 @@ def test_capture_mode_is_given_back(cuda):
     with pytest.raises(MemoryError), driver.relaxed_capture():
         raise MemoryError
     assert cuda == [driver.CAPTURE_MODE_RELAXED, 0]
+
+
+def test_streams_are_told_apart():
+    """By their handle, but for the one that stands for another stream in each thread."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(driver.stream_identity, 5).result() == driver.stream_identity(5) == (5, 0)
+        assert threads.submit(driver.stream_identity, 2).result() != driver.stream_identity(2)
 
 
 def test_error_of_the_driver(cuda):
