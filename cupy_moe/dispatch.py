@@ -155,6 +155,11 @@ def _grid(mode: str, tokens: int, cols: int, *, most_threads: int, pairs: int, a
     return grid._replace(threads=max(grid.threads, least))
 
 
+def _beside(pairs: int, experts: int, cols: int) -> bool:
+    """Whether the blocks that quantise can find the rows of their tokens among the pairs, each for itself."""
+    return 0 < pairs <= MOST_PAIRS_BESIDE and pairs * experts < 1 << 31 and cols <= MOST_COLUMNS_BESIDE
+
+
 def quantize(
     device: int, mode: str, x: Matrix, tokens: int, cols: int, out: Matrix, out_cols: int, *,
     routing: Pairs | None = None, topk: int = 1, src2dst: int = 0, row_experts: int = 0, topk_weights: int = 0,
@@ -173,9 +178,8 @@ def quantize(
     pairs = tokens * routing.topk if routing else 0
     vectors, few = tokens * -(-cols // VECTOR), pairs <= MAX_ROW_THREADS
     alone = mode == "TENSOR" and not (fresh or weighted or valid_only) and tokens * cols <= ALONE_ELEMENTS and few
-    together = routing is not None and not (mode == "TENSOR" and (weighted or valid_only)) and (
-        0 < pairs <= MOST_PAIRS_BESIDE and pairs * routing.experts < 1 << 31 and out_cols <= MOST_COLUMNS_BESIDE
-    )
+    route_first = mode == "TENSOR" and (weighted or valid_only)  # the maximum is of what it has found
+    together = routing is not None and not route_first and _beside(pairs, routing.experts, out_cols)
     most_threads = MORE_ROW_THREADS if fresh else MAX_ROW_THREADS
     grid = _grid(
         mode, tokens, out_cols, most_threads=most_threads, pairs=pairs if together else 0, alone=alone

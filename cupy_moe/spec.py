@@ -98,17 +98,8 @@ def layer_spec(
     device = checks.info("w1", w1, library).device
     checks.option("activation", activation, ACTIVATIONS)
     gated = ACTIVATIONS[activation].gated
-
-    first = checks.expect("w1", checks.info("w1", w1, library), checks.FP8, ("E", "2N" if gated else "N", "K"))
+    first, second = _weights(library, device, w1, w2, activation)
     num_experts, rows, hidden_size = first.shape
-    if 0 in first.shape or rows % (2 if gated else 1):
-        halves = " and an even second size (gates, then ups)" if gated else ""
-        raise ValueError(f"w1: expected sizes of at least 1{halves} for activation {activation!r}; got {first.shape}")
-    intermediate_size = rows // 2 if gated else rows
-    second = checks.expect(
-        "w2", checks.describe("w2", w2, library, device), checks.FP8, (num_experts, hidden_size, intermediate_size),
-        since=f", since w1 has {first.shape} and the activation {activation!r} is {'' if gated else 'not '}gated",
-    )
 
     def operand(name: str, x: Any, dtypes: tuple[str, ...], *shapes: checks.Shape) -> Operand | None:
         if x is None:
@@ -140,7 +131,7 @@ def layer_spec(
         checks.not_empty("expert_map", mapping.info)
     made = LayerSpec(
         library=library, device=device, num_experts=num_experts, hidden_size=hidden_size,
-        intermediate_size=intermediate_size, w1=Operand(w1, first), w2=Operand(w2, second),
+        intermediate_size=second.shape[2], w1=Operand(w1, first), w2=Operand(w2, second),
         w1_scale=weight_scale("w1_scale", w1_scale, rows, gated),
         w2_scale=weight_scale("w2_scale", w2_scale, hidden_size, False),
         a1_scale=activation_scale("a1_scale", a1_scale), a2_scale=activation_scale("a2_scale", a2_scale),
@@ -154,6 +145,21 @@ def layer_spec(
     )
     _check_scale_of_all(made, "a2_scale", made.a2_scale, "")
     return made
+
+
+def _weights(library: Library, device: int, w1: Any, w2: Any, activation: str) -> tuple[Array, Array]:
+    """Both weights, described and checked."""
+    gated = ACTIVATIONS[activation].gated
+    first = checks.expect("w1", checks.info("w1", w1, library), checks.FP8, ("E", "2N" if gated else "N", "K"))
+    experts, rows, hidden_size = first.shape
+    if 0 in first.shape or rows % (2 if gated else 1):
+        halves = " and an even second size (gates, then ups)" if gated else ""
+        raise ValueError(f"w1: expected sizes of at least 1{halves} for activation {activation!r}; got {first.shape}")
+    second = checks.expect(
+        "w2", checks.describe("w2", w2, library, device), checks.FP8, (experts, hidden_size, rows // (1 + gated)),
+        since=f", since w1 has {first.shape} and the activation {activation!r} is {'' if gated else 'not '}gated",
+    )
+    return first, second
 
 
 def _check_scale_of_all(spec: LayerSpec, name: str, scale: Scale | None, or_else: str) -> None:
