@@ -100,7 +100,7 @@ class Experts:
         self._plans: dict[Hashable, Plan] = {}
         self._workspace = workspace or Workspace()
         self._captured = False
-        if checked.validate and checked.expert_map:
+        if checked.validate:
             validation.check_map(checked)
         if self._backend != "reference":
             with arrays.numeric_scope(checked.library, checked.device):

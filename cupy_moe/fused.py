@@ -13,8 +13,8 @@ from cupy_moe.spec import LayerSpec
 from cupy_moe.workspace import Workspace
 
 LAYERS_KEPT = 1024
-"""Layers, once for each stream that they are called on, beside those that a CUDA graph has recorded, whose tables have
-to stay. With more of them in turns, each call would make its own anew."""
+"""Layers that are found again, once for each stream that they are called on; the one called longest ago goes first.
+With more of them in turns, each call would make its own anew."""
 
 
 def fused_experts(
@@ -57,7 +57,7 @@ def fused_experts(
     experts = _cached_experts(checked, backend)
     result = experts(hidden_states, topk_weights, topk_ids, out, a1_scale=a1_scale if ready else None)
     if experts._captured:
-        _recorded.add(experts)  # another thread may have let it go while it was called
+        _recorded.add(experts)
     return result
 
 
@@ -66,7 +66,7 @@ _Place = tuple[int, tuple[int, int]]  # device, stream
 _Key = tuple[_Place, str | None, LayerSpec]  # where, backend, addresses and options
 _layers: OrderedDict[_Key, Experts] = OrderedDict()
 _workspaces: dict[_Place, Workspace] = {}
-_recorded: set[Experts] = set()
+_recorded: set[Experts] = set()  # whose tables CUDA graphs hold: they stay
 
 
 def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
@@ -88,9 +88,8 @@ def _cached_experts(checked: LayerSpec, backend: str | None) -> Experts:
             return experts
         experts._spec = checked.without_arrays()
         _layers[key] = experts
-        spare = [key for key, each in _layers.items() if not each._captured]
-        if len(spare) > LAYERS_KEPT:
-            del _layers[spare[0]]
+        if len(_layers) > LAYERS_KEPT:
+            _layers.popitem(last=False)
         return experts
 
 

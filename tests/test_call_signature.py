@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU a call is checked when its signature is new: no wrong call may have the signature of a right one."""
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from test_errors_call import (
@@ -19,7 +22,7 @@ from test_errors_call import (
     names,
 )
 
-from cupy_moe import spec
+from cupy_moe import fused, spec
 
 LAYERS = {
     "dynamic": {},
@@ -119,3 +122,33 @@ def test_another_alignment_is_new(name):
     seen = [describe(layer, CALL | {name: wide[:, i : i + K]}, padded=False).signature() for i in range(5)]
     assert len({*seen}) == 4
     assert seen[0] == seen[4]
+
+
+def test_layers_that_fused_experts_finds_again(monkeypatch):
+    """The latest ones, one for each stream; a capture takes what the calls before it made."""
+    made = []
+
+    def make(checked, backend, workspace):
+        made.append(SimpleNamespace(backend="sm90", _layer=SimpleNamespace(copies=[]), workspace=workspace))
+        return made[-1]
+
+    def find(name, stream=7):
+        library = SimpleNamespace(stream=lambda device: stream)
+        return fused._cached_experts(SimpleNamespace(device=0, library=library, without_arrays=lambda: name), None)
+
+    monkeypatch.setattr(fused.Experts, "_of", make)
+    monkeypatch.setattr(fused.arrays, "is_capturing", lambda library, device: False)
+    monkeypatch.setattr(fused, "LAYERS_KEPT", 3)
+    monkeypatch.setattr(fused, "_layers", OrderedDict())
+    first, second = find("first"), find("second")
+    assert find("first") is first
+    assert first.workspace is second.workspace
+    other = find("first", stream=8)
+    assert other is not first
+    assert other.workspace is not first.workspace
+    find("third")  # "second" is the one called longest ago
+    assert len(fused._layers) == 3
+    assert find("first") is first
+    assert find("second") is not second
+    monkeypatch.setattr(fused.arrays, "is_capturing", lambda library, device: True)
+    assert find("first", stream=9) is first, "a capture has a stream of its own"
