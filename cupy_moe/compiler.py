@@ -22,8 +22,8 @@ OPTIONS = ("--std=c++17",)
 TARGETS = {"gemm_sm90.cu": "sm_90a"}
 """Files that use instructions of one architecture alone, and that architecture."""
 HEADERS = {
-    "gemm_sm90.cu": ("hopper.cuh", "schedule.cuh", "ring.cuh", "packed.cuh", "activations.cuh", "ends.cuh"),
-    "gemm_mma.cu": ("schedule.cuh", "packed.cuh", "activations.cuh", "ends.cuh"),
+    "gemm_sm90.cu": ("hopper.cuh", "packed.cuh", "schedule.cuh", "ring.cuh", "activations.cuh", "ends.cuh"),
+    "gemm_mma.cu": ("packed.cuh", "schedule.cuh", "activations.cuh", "ends.cuh"),
     "activation.cu": ("activations.cuh",), "requantize.cu": ("packed.cuh",), "quantize.cu": ("quantize.cuh",),
     "route.cu": ("hopper.cuh", "routing.cuh"), "route_quantize.cu": ("routing.cuh", "quantize.cuh"),
 }

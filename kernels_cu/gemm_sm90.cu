@@ -43,8 +43,8 @@ static_assert(!LARGE || CHANNELS == 128, "setmaxnreg counts two warpgroups");
 static_assert(!IN_TURNS || (LARGE && END == PRODUCT), "shorter sums are not for what is encoded afterwards");
 
 // ---- multiplication ---------------------------------------------------------------------------------------------
-// The last tile of an expert may have few rows: there are multiplications for one to all PIECES of a tile.
-constexpr int PIECE = ROWS > 160 ? 32 : ROWS > 64 ? 16 : 8, PIECES = (ROWS + PIECE - 1) / PIECE;
+// A tile may have fewer rows: there are multiplications for one to all PIECES of a tile.
+constexpr int PIECE = ROWS > 192 ? 32 : ROWS > 64 ? 16 : 8, PIECES = (ROWS + PIECE - 1) / PIECE;
 __device__ constexpr int width(int pieces) { return pieces < PIECES ? pieces * PIECE : ROWS; }
 
 // A K-major operand in the 128-byte swizzle, 8 rows (1024 bytes) from one group of rows to the next; the address counts 16

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles of a grouped GEMM, ROWS rows of activations each: how many, in what order, and where each of them lies. Every
-// block works that out itself from the row counts of the experts; the host never reads them.
+// The tiles of a grouped GEMM, ROWS rows of activations or fewer each: how many, in what order, and where each of them lies.
+// Every block works that out itself from the row counts of the experts; the host never reads them.
 
 struct Groups {
     const Span* spans;  // (experts,)
@@ -75,11 +75,13 @@ struct Walk : Place {
         const Entry here = entries[expert];
         if (here.count == 0) return false;
         alone = here.row_tiles == 1;
-        const u32 within = tile - here.first_tile;
-        channel_tile = alone ? within : within / here.row_tiles;
-        const int skipped = (within - channel_tile * here.row_tiles) * ROWS;
+        const u32 within = tile - here.first_tile, row_tiles = here.row_tiles;
+        channel_tile = alone ? within : within / row_tiles;
+        // As few tiles as can be, and all alike, in whole groups: a short one would load its weights for few rows.
+        const u32 groups = alone ? ROWS / GROUP_ROWS : (here.count + row_tiles * GROUP_ROWS - 1) / (row_tiles * GROUP_ROWS);
+        const int rows = groups * GROUP_ROWS, skipped = (within - channel_tile * row_tiles) * rows;
         row = here.row + skipped;
-        count = min(here.count - skipped, ROWS);
+        count = min(here.count - skipped, rows);
         return true;
     }
 };

@@ -76,9 +76,10 @@ def problem(kernel):
 def edges(tile):
     """Numbers of rows around everything that depends on ROWS."""
     rows = tile.rows
-    piece = 32 if rows > 160 else 16 if rows > 64 else 8  # as in gemm_sm90.cu
-    parts = {*range(0, rows, piece), *range(0, rows, getattr(tile.tile, "box", rows)), rows}
-    return sorted({*(max(part + by, 0) for part in parts for by in (-1, 0, 1)), 2 * rows + 3})
+    piece = 32 if rows > 192 else 16 if rows > 64 else 8  # as in gemm_sm90.cu
+    parts = {*range(0, rows, piece), *range(0, rows, getattr(tile.tile, "box", rows)), rows, 2 * rows, 3 * rows}
+    parts.add(rows + 32)  # two tiles that are not whole
+    return sorted({max(part + by, 0) for part in parts for by in (-1, 0, 1)})
 
 
 def all_edges(kernel):
