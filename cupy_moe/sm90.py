@@ -22,7 +22,7 @@ _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two ba
 
 
 class Tile(NamedTuple):
-    """What a block works on at a time: ``channels`` weight rows by ``rows`` rows of activations, in ``stages`` stages.
+    """What a block works on at a time: ``channels`` weight rows by up to ``rows`` of activations, in ``stages`` stages.
 
     ``cluster`` blocks, 1 or 2, work on the same rows, each of which one of them loads for both. The tensor cores add up
     the products of ``window`` stages, 1 or 2, in their shorter sums, or of all with 0: the consumer warpgroups take
@@ -68,16 +68,20 @@ PREFERRED = (
     Preference(28, Tile(32, 6)),
     Preference(40, Tile(48, 6)),
     Preference(56, Tile(64, 8)),
-    Preference(90, Tile(96, 6)),
-    Preference(115, Tile(128, 6)),
-    Preference(170, Tile(160, 5)),
-    Preference(230, Tile(208, 5, window=2)),
-    Preference(450, Tile(144, 6, window=0)),
-    Preference(float("inf"), Tile(192, 5, cluster=2, window=0)),
-    Preference(300, Tile(144, 6, window=2), below_k=4096),
+    Preference(90, Tile(96, 6), below_k=4096),
+    Preference(115, Tile(128, 6), below_k=4096),
+    Preference(148, Tile(160, 6, window=2), below_k=4096),
+    Preference(215, Tile(208, 5, window=2), below_k=4096),
+    Preference(265, Tile(144, 6, window=0), below_k=4096),
+    Preference(float("inf"), Tile(192, 5, window=0), below_k=4096),
+    Preference(265, Tile(144, 6, window=2), below_k=4096),
+    Preference(310, Tile(160, 6, window=2), below_k=4096),
     Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
-    Preference(400, Tile(160, 6, cluster=2, window=2)),
-    Preference(3000, Tile(192, 5, cluster=2, window=2)),
+    Preference(148, Tile(160, 6, cluster=2, window=2)),
+    Preference(215, Tile(208, 5, cluster=2, window=2)),
+    Preference(float("inf"), Tile(192, 5, cluster=2, window=0)),
+    Preference(310, Tile(160, 6, cluster=2, window=2)),
+    Preference(2000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
 """Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them."""

@@ -92,7 +92,7 @@ def test_clusters_where_k_is_large(rows):
         return sm90.candidates(0, Weights(0, 8, 64, k, paired=False), rows)[0]
 
     assert default(4095).cluster == 1
-    assert default(4096).cluster == (2 if rows >= 230 * 8 else 1)
+    assert default(4096).cluster == (2 if rows >= 56 * 8 else 1)
 
 
 @pytest.mark.parametrize("rows", [8 << power for power in range(18)])
@@ -103,7 +103,7 @@ def test_short_sums_where_they_will_do(rows, invariant, cache):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
         allowed = k <= short and not invariant
         default, *others = sm90.candidates(0, weights, rows)
-        assert (default.window == 0) == (allowed and rows >= 230 * 8)
+        assert (default.window == 0) == (allowed and rows >= 215 * 8)
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
         cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
