@@ -24,12 +24,18 @@ SHAPES: tuple[Shape, ...] = (
 )
 TOKENS: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_TOKENS: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+# From 512 on in quarters of each power of two: what fills the row tiles of an expert just so is not alone then.
+SWEEP_TOKENS: tuple[int, ...] = (
+    *(1 << power for power in range(9)),
+    *(quarters << power for power in range(7, 12) for quarters in (4, 5, 6, 7)),
+    16384,
+)
 Cells = dict[Shape, list[int]]
 CELLS: dict[str, Cells] = {
     "all": {shape: list(TOKENS) for shape in SHAPES},
     "prefill": {shape: list(PREFILL_TOKENS) for shape in SHAPES},
     "both": {shape: [*TOKENS, *PREFILL_TOKENS] for shape in SHAPES},
-    "sweep": {SHAPES[2]: [1 << power for power in range(15)]},
+    "sweep": {SHAPES[2]: list(SWEEP_TOKENS)},
 }
 SCHEMES: tuple[str, ...] = ("tensor", "token")
 ROUTINGS: tuple[str, ...] = ("uniform", "skewed")

@@ -23,7 +23,10 @@ from cupy_moe import gemms, mma, sm90
 from cupy_moe.tiles import Tile, Weights
 
 KERNELS = {"sm90": sm90, "mma": mma}
-TOKENS = (*cases.TOKENS, 1024, 2048, 4096)
+TOKENS = (
+    *cases.TOKENS[:7], *(quarters << power for power in range(6, 10) for quarters in (4, 5, 6, 7)), 4096,
+)
+"""From 256 on in quarters of each power of two: tiles are full with few of them."""
 
 
 def taking(tile: Tile, usual: Callable[[int, Weights, int], Tile]) -> Callable[[int, Weights, int], Tile]:
@@ -38,7 +41,7 @@ def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: 
             weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend=backend
         )
         graph, _ = timing.capture(lambda: experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
-        return timing.time_warm(graph.replay, hold=True).us
+        return timing.time_warm(graph.replay, hold=True, rounds=3).us
 
 
 def name_of(tile: dict[str, Any]) -> str:

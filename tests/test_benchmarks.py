@@ -49,7 +49,10 @@ def test_cells():
     prefill = table.parse_cells("prefill")
     assert tuple(prefill) == cases.SHAPES
     assert all(tokens == [1024, 2048, 4096, 8192, 16384] for tokens in prefill.values())
-    assert table.parse_cells("sweep") == {(64, 6, 2048, 1408): [2**i for i in range(15)]}
+    (sweep,) = table.parse_cells("sweep").values()
+    assert sweep[:9] == [2**i for i in range(9)]
+    assert sweep[9:14] == [512, 640, 768, 896, 1024]
+    assert (sorted(set(sweep)), sweep[-1]) == (sweep, 16384)
     assert table.parse_cells("3,2:64,2:7") == {cases.SHAPES[3]: list(cases.TOKENS), cases.SHAPES[2]: [64, 7]}
 
 
