@@ -68,6 +68,7 @@ PREFERRED = (
     Preference(28, Tile(32, 6)),
     Preference(40, Tile(48, 6)),
     Preference(56, Tile(64, 8)),
+    # Few columns: single blocks.
     Preference(90, Tile(96, 6), below_k=4096),
     Preference(115, Tile(128, 6), below_k=4096),
     Preference(148, Tile(160, 6, window=2), below_k=4096),
@@ -77,6 +78,7 @@ PREFERRED = (
     Preference(265, Tile(144, 6, window=2), below_k=4096),
     Preference(310, Tile(160, 6, window=2), below_k=4096),
     Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
+    # 4096 columns or more: clusters.
     Preference(148, Tile(160, 6, cluster=2, window=2)),
     Preference(215, Tile(208, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(192, 5, cluster=2, window=0)),
@@ -84,7 +86,11 @@ PREFERRED = (
     Preference(2000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
-"""Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them."""
+"""Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them.
+
+The rows of an expert that has more than a tile are two row tiles, which load its weights twice. So most tiles are given
+up before the average comes to their rows.
+"""
 NARROW, NARROW_COLUMNS = Tile(16, 13, channels=64), 8192
 """In place of the first where that would leave half of the multiprocessors without a tile, and columns of the weights
 from which on it pays."""
