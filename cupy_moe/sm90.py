@@ -86,7 +86,8 @@ PREFERRED = (
     Preference(2000, Tile(192, 5, cluster=2, window=2)),
     Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
 )
-"""Those that lost least over the layers of ``benchmarks/cases.py``; ``benchmarks/tiles.py`` times all of them.
+"""By timing the layers of ``benchmarks/cases.py``, with numbers of tokens between its own too; ``benchmarks/tiles.py``
+times all tiles.
 
 The rows of an expert that has more than a tile are two row tiles, which load its weights twice. So most tiles are given
 up before the average comes to their rows.
