@@ -12,12 +12,12 @@ from cupy_moe.tiles import End, Groups, Preference, Tiles, Weights
 
 STEP, WARPGROUP = 128, 128
 """Columns of a stage, and threads of a warpgroup, as in ``gemm_sm90.cu``."""
-SHARED_BYTES = (227 << 10) - 64
-"""What a block can have of shared memory, beside ``struct Shared``."""
+SHARED_BYTES = (227 << 10) - 192
+"""What a block can have of shared memory, beside ``struct Shared`` and the claims."""
 EARLY = 4
 """Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
-IN_STEP_COLUMNS = 24576
-"""Columns of the weights from which on clusters keep in step, so that they find one another's data in the L2 cache."""
+IN_STEP_BYTES = 20 << 20
+"""Bytes of an expert's rows, on average, from which on clusters keep in step: these no longer stay in the L2 cache."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
 
 
@@ -135,7 +135,8 @@ def grouped_gemm(
     kernel = compiler.kernel(
         "gemm_sm90.cu", "grouped_gemm", device, ROWS=tile.rows, CHANNELS=tile.channels, STAGES=tile.stages,
         EARLY=min(EARLY, tile.stages), BOX=tile.box, CLUSTER=tile.cluster, WINDOW=tile.window,
-        IN_STEP=tile.cluster > 1 and weights.k >= IN_STEP_COLUMNS, **tiles.constants(end, out),
+        IN_STEP=tile.cluster > 1 and weights.k * tiles.average(rows, weights) >= IN_STEP_BYTES,
+        **tiles.constants(end, out),
     )
     most = tile.most(rows, weights.experts, weights.n)
     clusters = min(most, min(compiler.multiprocessors(device), PARTIALS) // tile.cluster)

@@ -72,17 +72,17 @@ class Tiles(Generic[T]):
 
     def default(self, device: int, weights: Weights, rows: int) -> T:
         """The tile for ``rows`` rows in all where tuning has found none."""
-        average = _average(rows, weights)
+        mean = average(rows, weights)
         tile: T = next(
             entry.tile for entry in self._preferred
-            if average < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
+            if mean < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
         )
         return tile
 
     def candidates(self, device: int, weights: Weights, rows: int) -> list[T]:
         """The tiles that could be the fastest for ``rows`` rows in all, the default first."""
-        average, default = _average(rows, weights), self.default(device, weights, rows)
-        sizes = min(average / 4, 96), max(32, 4 * average)
+        mean, default = average(rows, weights), self.default(device, weights, rows)
+        sizes = min(mean / 4, 96), max(32, 4 * mean)
         worth = [tile for tile in self.all if sizes[0] <= tile.rows <= sizes[1] and tile.suits(weights)]
         return [default, *(tile for tile in worth if tile != default)]
 
@@ -97,10 +97,17 @@ class Tiles(Generic[T]):
         return self.tuned(device, weights, rows) or self.default(device, weights, rows)
 
 
-def _average(rows: int, weights: Weights) -> float:
+def average(rows: int, weights: Weights) -> float:
     """Rows per expert that can have any, of ``rows`` in all."""
     rows = weights.expected(rows)
     return rows / max(min(rows, weights.experts), 1)
+
+
+def expected_row_tiles(mean: float, tile_rows: int) -> float:
+    """How many row tiles an expert has if ``mean`` rows come to it on average, each with the same small probability."""
+    rows = NormalDist(mean, math.sqrt(mean))  # next to the distribution of Poisson where rows are many
+    most = math.ceil((mean + 6 * rows.stdev) / tile_rows)
+    return sum(1 - rows.cdf(count * tile_rows) for count in range(most))
 
 
 class Weights:

@@ -260,6 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     const Ring ring = {dynamic_shared + (-shared_address(dynamic_shared) & 1023)};
     Entry* entries = ring.entries();
     __shared__ Shared shared;
+    __shared__ Claim claims[CLAIMS];
 
     const bool producer = threadIdx.x / LANES == CONSUMERS / LANES;
     if (producer) make_schedule(groups, entries);
@@ -271,6 +272,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             for (u64& turn : shared.turn) init_barrier(&turn, READERS);
             shared.ended[0] = shared.ended[1] = false;
         }
+        if constexpr (CLUSTER > 1)
+            for (Claim& claim : claims) init_barrier(&claim.known, 1);
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(ring.full(i), 1);
             init_barrier(ring.empty(i), CLUSTER * READERS);
@@ -284,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         // In all 3 * 168 registers for each thread of three warpgroups: 40 + 2 * 232. Smaller tiles take what they need, and
         // blocks of the kernels around this one run beside them.
         if constexpr (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (producer) produce(ring, weights, rows, groups, entries);
+        if (producer) produce(ring, weights, rows, groups, entries, claims);
         __syncwarp();
     } else {
         if constexpr (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

@@ -59,6 +59,14 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
         "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}"
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
+// To the same place in block `rank` of the cluster; counts as its bytes at the barrier there.
+__device__ __forceinline__ void send(int* to, int x, u64* barrier, int rank) {
+    asm volatile(
+        "{\n\t.reg .b32 there, report;\n"
+        "\tmapa.shared::cluster.u32 there, %0, %3;\n\tmapa.shared::cluster.u32 report, %2, %3;\n"
+        "\tst.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [there], %1, [report];\n\t}"
+        ::"r"(shared_address(to)), "r"(x), "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
 // What the L2 cache makes of a copy's lines, as createpolicy.fractional encodes it for all of them: they are the first to go, or
 // the default.
 [[maybe_unused]] constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_UNCHANGED = 0x10f0000000000000;

@@ -39,31 +39,31 @@ struct RingState {
     }
 };
 
-// Clusters do not claim tiles, they take turns: one further along in every wave, since the last tiles of the experts, which
-// may be short, often come in the rhythm of the waves.
-__device__ __forceinline__ int tile_of_wave(int wave) {
-    const int clusters = gridDim.x / CLUSTER;
-    return wave * clusters + (blockIdx.x / CLUSTER + wave) % clusters;
-}
+// The blocks of a cluster go through the same tiles: block 0 claims the next one and sends its number to both. A producer knows
+// the numbers of all tiles it has begun, and the ring keeps producers no more than STAGES tiles apart: as many places and one
+// more, taken in turns, never hold a number that is still to be read when another comes.
+struct alignas(16) Claim {
+    u64 known;  // a barrier
+    int before;
+};
+constexpr int CLAIMS = STAGES + 1;
 
-// Clusters on tiles of the same weights or rows find these in the L2 cache if they are there at about the same time. Where rows
-// are long it holds a small part of what they read, and clusters with short tiles would run away: a cluster begins when two
-// thirds have begun in its wave, or one has nothing left. That is for speed alone, and blocks that do not run yet may need the
-// place of one that waits: nobody waits for ever. Who has waited in vain is not patient again in this launch: where others hold
-// multiprocessors, some clusters are missing in each wave.
-__device__ __forceinline__ void keep_in_step(const Groups& groups, int wave, bool& patient) {
+// Clusters on tiles of the same weights or rows find these in the L2 cache if they are there at about the same time. Where it
+// holds a small part of what they read, those with short tiles would run away: a cluster begins when two thirds have begun in
+// its wave, or one has nothing left. That is for speed alone, and blocks that do not run yet may need the place of one that
+// waits: nobody waits for ever. Who has waited in vain is not patient again in this launch.
+__device__ __forceinline__ void keep_in_step(const Groups& groups, int tile, bool& patient) {
     constexpr int PATIENCE = 1 << 12;  // some milliseconds
-    const int clusters = gridDim.x / CLUSTER;
-    if (rank() == 0 && elect()) atomicAdd(groups.claims, 1);
+    const int clusters = gridDim.x / CLUSTER, wave_end = (tile / clusters + 1) * clusters;
     const volatile int* claims = groups.claims;
     int left = patient ? PATIENCE : 0;
-    while (left > 0 && claims[0] < wave * clusters - clusters / 3 && claims[1] == 0) --left;
+    while (left > 0 && claims[0] < wave_end - clusters / 3 && claims[1] == 0) --left;
     patient = __any_sync(FULL_WARP, left > 0);  // for all lanes alike, as elect() wants them
 }
 
 // By one warp. What only one lane does is behind elect(): always the same one.
 __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weights, const TensorMap& rows, const Groups& groups,
-                                        const Entry* entries) {
+                                        const Entry* entries, Claim* claims) {
     // Only boxes with existing rows; in a cluster each block copies every second one.
     const auto copy_rows_of = [&](int stage, const Place& at, int step) {
         u8* to = ring.stage(stage) + WEIGHT_BYTES;
@@ -85,15 +85,17 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     };
     Walk at(entries, groups);
     RingState state;
-    int wave = 0;
+    [[maybe_unused]] u32 wave = 0;
     [[maybe_unused]] bool patient = true;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         // Weights that are read once leave the L2 cache to what is read again.
         const u64 policy = at.alone ? EVICT_FIRST : EVICT_UNCHANGED;
         int claimed = 0;
-        if (CLUSTER == 1 && elect()) claimed = atomicAdd(groups.claims, 1);
-        if constexpr (IN_STEP) keep_in_step(groups, wave + 1, patient);
+        [[maybe_unused]] Claim& claim = claims[wave % CLAIMS];
+        if (rank() == 0 && elect()) claimed = atomicAdd(groups.claims, 1);
+        if (CLUSTER > 1 && elect()) expect_bytes(&claim.known, sizeof(int));
+        if constexpr (IN_STEP) keep_in_step(groups, tile, patient);
 #pragma unroll 1
         for (int step = 0; step < groups.steps; ++step, state.next()) {
             if (!waited && early == EARLY) wait_for_rows();
@@ -106,15 +108,23 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
                 if (waited) copy_rows_of(state.stage, at, step);
             }
             early += !waited;
+            // Half a tile before it is needed: nothing waits for the claim, nor for its way to the other block.
+            if (CLUSTER > 1 && rank() == 0 && step == groups.steps / 2 && elect())
+#pragma unroll
+                for (int to = 0; to < CLUSTER; ++to) send(&claim.before, claimed, &claim.known, to);
+        }
+        if constexpr (CLUSTER > 1) {
+            wait(&claim.known, wave / CLAIMS & 1);
+            claimed = elect() ? *const_cast<volatile int*>(&claim.before) : 0;
+            ++wave;
         }
         // Not sooner: until here nothing waits for the claim. The other lanes have 0.
-        next = CLUSTER > 1 ? tile_of_wave(++wave) : gridDim.x + __reduce_add_sync(FULL_WARP, claimed);
+        next = gridDim.x / CLUSTER + __reduce_add_sync(FULL_WARP, claimed);
     }
     if (!waited) wait_for_rows();
     wait(ring.empty(state.stage), state.parity ^ 1);
     if (!elect()) return;
     ring.place(state.stage).count = 0;
     arrive(ring.full(state.stage));
-    if constexpr (CLUSTER == 1 || IN_STEP)
-        if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
+    if (atomicAdd(groups.claims + 1, 1) == gridDim.x - 1) groups.claims[0] = groups.claims[1] = 0;
 }

@@ -7,8 +7,8 @@ struct Groups {
     int experts;
     int channel_tiles;  // tiles along the weight rows of one expert
     int steps;          // stages along K
-    // {tiles, blocks done}, 0 between launches. Tiles are those taken beyond the first of each block, or with IN_STEP those that
-    // clusters have begun.
+    // {tiles, blocks done}, 0 between launches. Tiles are those taken beyond the first of each block or cluster, or begun: who
+    // begins one takes the next.
     int* claims;
 };
 

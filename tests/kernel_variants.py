@@ -174,7 +174,7 @@ def calls():
     for tile in sm90.TILES:
         made += [grouped_gemm(sm90, tile, "PRODUCT", out, invariant=invariant)
                  for out, invariant in itertools.product(("float16", "float32"), (False, True))]
-        made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", k=sm90.IN_STEP_COLUMNS)]
+        made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", k=sm90.IN_STEP_BYTES // 8)]
         if tile.window == 0:
             continue
         made += [grouped_gemm(sm90, tile, "CODES", "uint8", bias=bias, per_channel=True, per_row=True)

@@ -181,7 +181,7 @@ def own_gemms(only):
             for dtype in ("float16", "float32"):
                 got = case.product(tile, dtype)[1]
                 check(f"{tile} {dtype}, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
-            with mock.patch.object(sm90, "IN_STEP_COLUMNS", 0):
+            with mock.patch.object(sm90, "IN_STEP_BYTES", 0):
                 got = case.product(tile)[1]
                 check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
             with mock.patch.object(compiler, "multiprocessors", return_value=2):  # several tiles for a block

@@ -7,7 +7,7 @@
 | --- | --- |
 | products, row counts | one row tile and several; `multiply_tile` of every number of pieces; copies left out |
 | products, K | fewer stages than the ring has, as many, more; columns beyond K, which have to read as zero |
-| in step | `keep_in_step` |
+| in step | a cluster's `Claim`, with many more tiles than there are places for it; `keep_in_step` |
 | in turns | `Turn` over none, one and many tiles of a block |
 | policies | the constants of `hopper.cuh` that tell the L2 cache what to keep |
 | products, n | weight rows beyond n in the last channel tile; both types of `Out`; bits with `batch_invariant` |
@@ -69,12 +69,13 @@ def test_products(n, k, kernel, seed):
 
 
 @pytest.mark.parametrize("tile", [tile for tile in ALL if getattr(tile.tile, "cluster", 1) > 1], ids=str)
-@pytest.mark.parametrize("counts", [(900, 0, 1, 2500, 33, 700), (5, 0, 0), (0, 0)], ids=str)
-def test_in_step(counts, tile, seed, monkeypatch):
-    """Clusters that wait for one another give the same bits: several waves, the last one partial, or none."""
-    case = Case(seed, counts, 4112, 144)
+@pytest.mark.parametrize("counts", [(900, 0, 1, 6500, 33, 700), (5, 0, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("k", [16, 144])
+def test_in_step(k, counts, tile, seed, monkeypatch):
+    """Clusters that wait for one another give the same bits: many more tiles each than claims have places, or none."""
+    case = Case(seed, counts, 4112, k)
     want, _ = case.product(tile)
-    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
+    monkeypatch.setattr(sm90, "IN_STEP_BYTES", 0)
     got, _ = case.product(tile)
     assert_close(got, case.exact(), "float32", tile, case.k)
     assert same_bits(got, want)
@@ -92,7 +93,7 @@ extern "C" __global__ void hold(long long nanoseconds) {
 @pytest.mark.parametrize("tile", [next(tile for tile in TILES["sm90"] if tile.tile.cluster > 1)], ids=str)
 def test_in_step_beside_another_kernel(tile, seed, monkeypatch):
     """Which keeps some clusters from running: those that do run wait for them once, and not in each of their waves."""
-    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
+    monkeypatch.setattr(sm90, "IN_STEP_BYTES", 0)
     case = Case(seed, [tile.tile.rows * 250], 4096, 256)
     want, _ = case.product(tile, "float16")
     hold = cupy.RawKernel(HOLD, "hold")
@@ -297,17 +298,19 @@ def test_shared_memory_of_one_kernel(kernel, seed):
         assert_close(out[case.valid], case.exact(), "float32", tile, case.k)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "sm90 in step", "sm90 in turns"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "sm90 clusters", "sm90 in step", "sm90 in turns"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_launches(overlap, kernel, seed, monkeypatch):
     """Two GEMMs, the second on the codes of the first, 50,000 times each without a pause; more tiles than blocks."""
+    clusters = [tile for tile in TILES["sm90"] if tile.tile.cluster > 1 and not tile.bare]
     special = {
-        "sm90 in step": [tile for tile in TILES["sm90"] if tile.tile.cluster > 1 and not tile.bare],
+        "sm90 clusters": clusters, "sm90 in step": clusters,
         "sm90 in turns": [tile for tile in TILES["sm90"] if tile.bare],
     }
     counts, tile = [20] * 12, TILES[kernel][1] if kernel in TILES else special[kernel][-1]
     first_tile = TILES["sm90"][1] if tile.bare else tile
-    monkeypatch.setattr(sm90, "IN_STEP_COLUMNS", 0)
+    if kernel == "sm90 in step":
+        monkeypatch.setattr(sm90, "IN_STEP_BYTES", 0)
     first = Layer(seed, counts, 256, 64)
     second = Case(seed + 9, counts, 2048, 256)
     codes, product = second.x, poison(cupy.empty((len(second.x), 2048), np.float16))
