@@ -63,28 +63,34 @@ class Tile(NamedTuple):
         return tiles.most_row_tiles(rows, self.rows, experts) * self.channel_tiles(n)
 
 
+LARGE = {
+    Tile(144, 6, window=2): 0.95,
+    Tile(160, 6, window=2): 1.0,
+    Tile(192, 5, window=2): 1.05,
+    Tile(208, 5, window=2): 1.13,
+    Tile(144, 6, window=0): 0.84,
+    Tile(192, 5, window=0): 0.92,
+    Tile(160, 6, cluster=2, window=2): 1.0,
+    Tile(192, 5, cluster=2, window=2): 1.07,
+    Tile(208, 5, cluster=2, window=2): 1.2,
+    Tile(160, 6, cluster=2, window=0): 0.9,
+    Tile(192, 5, cluster=2, window=0): 0.96,
+}
+"""For many rows, and what a row tile costs beside its rows, relative to one of 160, by timing layers of five K.
+
+The one whose row tiles cost least is taken. They differ in how many hold the rows of an expert, which are spread evenly
+over as few as can be, and in what one that is not full costs.
+"""
+CLUSTER_COLUMNS = 1280
+"""Columns of the weights from which on these are tiles of clusters, and below which of single blocks."""
 PREFERRED = (
     Preference(5, Tile(16, 7)),
     Preference(28, Tile(32, 6)),
     Preference(40, Tile(48, 6)),
     Preference(56, Tile(64, 8)),
-    # Few columns: single blocks.
     Preference(90, Tile(96, 6), below_k=4096),
     Preference(115, Tile(128, 6), below_k=4096),
-    Preference(148, Tile(160, 6, window=2), below_k=4096),
-    Preference(215, Tile(208, 5, window=2), below_k=4096),
-    Preference(265, Tile(144, 6, window=0), below_k=4096),
-    Preference(float("inf"), Tile(192, 5, window=0), below_k=4096),
-    Preference(265, Tile(144, 6, window=2), below_k=4096),
-    Preference(310, Tile(160, 6, window=2), below_k=4096),
-    Preference(float("inf"), Tile(208, 5, window=2), below_k=4096),
-    # 4096 columns or more: clusters.
-    Preference(148, Tile(160, 6, cluster=2, window=2)),
-    Preference(215, Tile(208, 5, cluster=2, window=2)),
-    Preference(float("inf"), Tile(192, 5, cluster=2, window=0)),
-    Preference(310, Tile(160, 6, cluster=2, window=2)),
-    Preference(2000, Tile(192, 5, cluster=2, window=2)),
-    Preference(float("inf"), Tile(208, 5, cluster=2, window=2)),
+    Preference(float("inf"), Tile(160, 6, window=2)),  # or another of LARGE
 )
 """By timing the layers of ``benchmarks/cases.py``, with numbers of tokens between its own too; ``benchmarks/tiles.py``
 times all tiles.
@@ -99,8 +105,15 @@ from which on it pays."""
 
 class _Tiles(Tiles[Tile]):
     def default(self, device: int, weights: Weights, rows: int) -> Tile:
-        """As `Tiles.default`, or narrow."""
+        """As `Tiles.default`, or narrow; of the large ones that whose row tiles cost least."""
         tile = super().default(device, weights, rows)
+        if tile in LARGE:
+            mean, cluster = tiles.average(rows, weights), 2 if weights.k >= CLUSTER_COLUMNS else 1
+            costs = {
+                large: cost * tiles.expected_row_tiles(mean, large.rows)
+                for large, cost in LARGE.items() if large.cluster == cluster and large.suits(weights)
+            }
+            return min(costs, key=costs.__getitem__)
         if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
             most = tile.most(weights.expected(rows), weights.experts, weights.n)
             few = 2 * most <= compiler.multiprocessors(device)
@@ -108,7 +121,7 @@ class _Tiles(Tiles[Tile]):
         return tile
 
 
-_CHOICE = _Tiles("sm90", PREFERRED, NARROW)
+_CHOICE = _Tiles("sm90", PREFERRED, NARROW, *LARGE)
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from cupy_moe import compiler, tuning

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's part of the backends sm90 and mma, and how a backend is chosen, without a GPU."""
 
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -91,8 +92,29 @@ def test_clusters_where_k_is_large(rows):
     def default(k):
         return sm90.candidates(0, Weights(0, 8, 64, k, paired=False), rows)[0]
 
-    assert default(4095).cluster == 1
-    assert default(4096).cluster == (2 if rows >= 56 * 8 else 1)
+    columns = sm90.CLUSTER_COLUMNS
+    for k, from_rows in ((columns - 1, float("inf")), (columns, 115), (4095, 115), (4096, 56)):
+        assert default(k).cluster == (2 if rows >= from_rows * 8 else 1), k
+
+
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_large_tiles_that_are_full(k):
+    """The rows of all experts in as few row tiles as can be; of those that make as few, the one that costs less."""
+    rows_of = {135: 160, 155: 192, 165: 192, 190: 208, 205: 208, 320: 192, 390: 208, 450: 160, 520: 192}
+    for average, rows in rows_of.items():
+        tile, *_ = sm90.candidates(0, Weights(0, 64, 64, k, paired=True), average * 64)
+        assert tile.rows == rows, average
+
+
+@pytest.mark.parametrize("mean", [60, 100, 150, 192, 320, 1000])
+@pytest.mark.parametrize("tile_rows", [144, 160, 208])
+def test_expected_row_tiles(mean, tile_rows):
+    """Against the distribution of Poisson itself."""
+    rows = range(mean + 12 * math.isqrt(mean))
+    chances = [math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in rows]
+    assert sum(chances) == pytest.approx(1, abs=1e-6)
+    want = sum(chance * -(-count // tile_rows) for count, chance in zip(rows, chances, strict=True))
+    assert tiles.expected_row_tiles(mean, tile_rows) == pytest.approx(want, abs=0.05)
 
 
 @pytest.mark.parametrize("rows", [8 << power for power in range(18)])
@@ -103,7 +125,7 @@ def test_short_sums_where_they_will_do(rows, invariant, cache):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
         allowed = k <= short and not invariant
         default, *others = sm90.candidates(0, weights, rows)
-        assert (default.window == 0) == (allowed and rows >= 215 * 8)
+        assert (default.window == 0) == (allowed and rows >= (56 if k >= 4096 else 115) * 8)
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
         cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
@@ -121,7 +143,8 @@ def test_candidates(rows, experts, k, name):
         weights = Weights(0, experts, 64, k, paired=False, short_columns=short)
         fitting = [entry for entry in kernel.PREFERRED if entry.tile.suits(weights)]
         default, *others = kernel.candidates(0, weights, rows)
-        assert default == next(entry.tile for entry in fitting if average < entry.below and k < entry.below_k)
+        usual = next(entry.tile for entry in fitting if average < entry.below and k < entry.below_k)
+        assert default == usual or {default, usual} <= set(getattr(kernel, "LARGE", ()))
         assert set(others) <= {tile for tile in kernel.TILES if tile.suits(weights)} - {default}
 
 
