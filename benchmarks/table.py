@@ -235,7 +235,7 @@ def _choices(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def parse_cells(text: str) -> cases.Cells:
-    """``all``, ``prefill``, ``both``, ``sweep``, or a list like ``2,3:64``: shapes by place in SHAPES, one M or all."""
+    """One of CELLS, or a list like ``2,3:64``: shapes by place in SHAPES, and one M or all of TOKENS."""
     if text in cases.CELLS:
         return cases.CELLS[text]
     chosen: cases.Cells = {}
