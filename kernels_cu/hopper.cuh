@@ -34,9 +34,10 @@ __device__ __forceinline__ void arrive_at(u64* barrier, int rank) {
             "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n"
             "\tmbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
+// Volatile, that is read anew: kept through a tile it would make those of 208 rows spill (tests/test_compile.py).
 __device__ __forceinline__ int rank_in_cluster() {
     int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }

@@ -109,7 +109,7 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
             }
             early += !waited;
             // Half a tile before it is needed: nothing waits for the claim, nor for its way to the other block.
-            if (CLUSTER > 1 && rank() == 0 && step == groups.steps / 2 && elect())
+            if (CLUSTER > 1 && step == groups.steps / 2 && rank() == 0 && elect())
 #pragma unroll
                 for (int to = 0; to < CLUSTER; ++to) send(&claim.before, claimed, &claim.known, to);
         }
