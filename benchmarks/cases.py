@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-Shape = tuple[int, int, int, int]
+from benchmarks.models import MODELS, Shape
 
 SHAPES: tuple[Shape, ...] = (
     (8, 2, 4096, 28672),
@@ -30,16 +30,6 @@ SWEEP_TOKENS: tuple[int, ...] = (
     *(quarters << power for power in range(7, 12) for quarters in (4, 5, 6, 7)),
     16384,
 )
-MODELS: dict[str, Shape] = {
-    "Mixtral 8x7B": (8, 2, 4096, 14336),
-    "Llama 4 Scout": (16, 1, 5120, 8192),
-    "GLM-4.5-Air": (128, 8, 4096, 1408),
-    "Qwen3-30B-A3B": (128, 8, 2048, 768),
-    "Qwen3-235B-A22B": (128, 8, 4096, 1536),
-    "Qwen3-Next-80B-A3B": (512, 10, 2048, 512),
-    "DeepSeek-V3": (256, 8, 7168, 2048),
-}
-"""The routed experts of a layer, by the models' configurations."""
 MODEL_TOKENS: tuple[int, ...] = (1, 8, 64, 256, 1024, 4096)
 Cells = dict[Shape, list[int]]
 CELLS: dict[str, Cells] = {

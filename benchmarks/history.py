@@ -41,6 +41,7 @@ STEPS = {
     "fe58d650e9": "the same with one scale; with one per token, of much data nothing is dropped from the L2 cache",
     "ccc13a4c80": "nothing new in these cells: what differs is the device, another H200 with a dense rate 3 % lower",
     "bfda67cd1b": "an expert's rows are spread evenly over its row tiles; tiles for what lies between powers of two",
+    "f7bc779918": "clusters claim their tiles instead of taking turns; large tiles by what their row tiles cost",
 }
 """What was new when a commit, by its first ten digits, was measured."""
 Content = dict[str, Any]

@@ -22,6 +22,7 @@ from benchmarks.summary import (
     FIRST_CALL,
     HISTORY,
     INVARIANCE,
+    MODELS,
     PRECISION,
     PREFILL,
     ROOT,
@@ -50,6 +51,7 @@ from benchmarks.tables import (
     history_table,
     named,
     named_cell,
+    named_model,
     parts_table,
     speed_table,
     steps_table,
@@ -64,6 +66,7 @@ def comparisons(device: str) -> list[str]:
     groups = [("45 cells", TABLE, "uniform", "warm"), ("45 cells", TABLE, "uniform", "cold")]
     groups += [("45 cells", SKEWED, "skewed", "warm")]
     groups += [("prefill, M from 1024 to 16384", PREFILL, routing, "warm") for routing in ("uniform", "skewed")]
+    groups += [("layers of models, M from 1 to 4096", MODELS, "uniform", "warm")]
     rows, without = [], []
     for what, name, routing, l2 in groups:
         for scheme in ("tensor", "token"):
@@ -125,7 +128,7 @@ def remarks() -> list[str]:
     eager = [cell for key, cell in cells(EAGER, mode="eager").items() if key[4] <= 64]
     host, theirs = ([cell[impl]["host_us"] for cell in eager] for impl in ("cupy_moe", "vllm"))
     warm = cells(TABLE).values()
-    files = [on(device, name) for device in DEVICES for name in (TABLE, SKEWED, PREFILL)]
+    files = [on(device, name) for device in DEVICES for name in (TABLE, SKEWED, PREFILL, MODELS)]
     records = [record for name in files for record in load(name)["records"]]
     errors = [record["err"] for record in records if record["impl"] == "cupy_moe"]
     beside = [cell["cupy_moe"]["err_unquantized"] / cell["vllm"]["err_unquantized"] for cell in warm]
@@ -170,6 +173,13 @@ def details() -> str:
     for title, name in (("Prefill", PREFILL), ("One layer with 1 to 16384 tokens", SWEEP)):
         if load(name)["records"]:
             lines += [f"## {title}", "", f"{device_of(name)}.", "", *cells_table(name), ""]
+    if load(MODELS)["records"]:
+        lines += [
+            "## Layers of models", "",
+            f"{device_of(MODELS)}. The routed experts in the sizes of these models on one device, random weights, one "
+            "scale per tensor or per channel, whatever scales a checkpoint of the model has.", "",
+            *cells_table(MODELS, name_of=named_model), "",
+        ]
     lines += [
         "## Time over the floor", "", "![Time over the floor against M](images/floor.png)", "",
         "## Where the time goes", "",

@@ -31,7 +31,7 @@ def on(device: str, name: str) -> str:
 TABLE = newest("table")
 DEVICE = TABLE.removesuffix(".json").rpartition("_")[2]
 """That of the tables of cells, which are put together."""
-PREFILL, SWEEP, SKEWED = (f"{kind}_{DEVICE}.json" for kind in ("prefill", "sweep", "skewed"))
+PREFILL, SWEEP, SKEWED, MODELS = (f"{kind}_{DEVICE}.json" for kind in ("prefill", "sweep", "skewed", "models"))
 EAGER, BACKENDS = map(newest, ("eager", "backends"))
 TIMELINE, STEPS, FIRST_CALL = map(newest, ("timeline", "steps", "first_call"))
 PRECISION, INVARIANCE, EARLY = map(newest, ("precision", "invariance", "early"))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks.models import MODELS
 from benchmarks.summary import (
     STEPS,
     TIMELINE,
@@ -33,6 +35,12 @@ def named(shape: Any) -> str:
     return ", ".join(map(str, shape))
 
 
+def named_model(shape: Any) -> str:
+    """The model of these, and the same."""
+    model = next(name for name, of in MODELS.items() if of == tuple(shape))
+    return f"{model}: {named(shape)}"
+
+
 def speed_table(of: Cells) -> list[str]:
     """A line for each layer: microseconds of cupy_moe, and of vLLM in brackets."""
     shapes = dict.fromkeys(key[:4] for key in of)
@@ -46,7 +54,7 @@ def speed_table(of: Cells) -> list[str]:
     return table(["E, topk, K, N", *(f"M = {tokens}" for tokens in shown)], rows)
 
 
-def cells_table(*names: str) -> list[str]:
+def cells_table(*names: str, name_of: Callable[[Any], str] = named) -> list[str]:
     """All cells of these files: the plain kind in full, of the others the time relative to vLLM."""
     plain = cells(*names)
     ratios = {"vLLM / cupy_moe": speedups(plain)}
@@ -60,7 +68,7 @@ def cells_table(*names: str) -> list[str]:
         shares = (f"{of[key]:.2f}" if key in of else "-" for of in ratios.values())
         ours = cell["cupy_moe"]
         floor = f"{ours['floor_us']:.1f}", f"{over[key]:.2f}" if key in over else "-"
-        rows.append([named(key[:4]), str(key[4]), *times, *shares, *floor, f"{ours['err']:.1e}"])
+        rows.append([name_of(key[:4]), str(key[4]), *times, *shares, *floor, f"{ours['err']:.1e}"])
     impls = {"vllm": "vLLM", "torch": "torch (the two GEMMs alone)"}
     titles = [f"{impls.get(column, column)} us" for column in columns]
     return table(["E, topk, K, N", "M", *titles, *ratios, "floor us", "cupy_moe / floor", "error"], rows)

@@ -53,6 +53,7 @@ def test_cells():
     assert sweep[:9] == [2**i for i in range(9)]
     assert sweep[9:14] == [512, 640, 768, 896, 1024]
     assert (sorted(set(sweep)), sweep[-1]) == (sweep, 16384)
+    assert list(table.parse_cells("models")) == list(cases.MODELS.values())
     assert table.parse_cells("3,2:64,2:7") == {cases.SHAPES[3]: list(cases.TOKENS), cases.SHAPES[2]: [64, 7]}
 
 

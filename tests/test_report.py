@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import history, report, summary, traffic
+from benchmarks.models import MODELS
 from cupy_moe import backend
 
 ROOT, RESULTS = summary.ROOT, summary.RESULTS
@@ -187,8 +188,22 @@ def test_results_say_where_they_come_from(path):
 COUNTS = {
     summary.on(device, name): count
     for device in summary.DEVICES
-    for name, count in ((summary.TABLE, 45), (summary.PREFILL, 25), (summary.SWEEP, 30), (summary.BACKENDS, 70))
+    for name, count in (
+        (summary.TABLE, 45), (summary.PREFILL, 25), (summary.SWEEP, 30), (summary.BACKENDS, 70), (summary.MODELS, 42),
+    )
 } | {"sweep_h100.json": 15}  # powers of two alone
+
+
+def test_layers_of_models():
+    """Each with its model's name, all of its tokens, and what they are in the README's means."""
+    lines = report.details().splitlines()
+    of = summary.cells(summary.MODELS)
+    for name, shape in MODELS.items():
+        begin = f"| {name}: {', '.join(map(str, shape))} | "
+        shown = [int(line.removeprefix(begin).split(" | ")[0]) for line in lines if line.startswith(begin)]
+        assert shown == [key[4] for key in of if key[:4] == shape]
+    ratio = summary.mean(summary.speedups(of).values())
+    assert f"| layers of models, M from 1 to 4096 | uniform | warm | tensor | {ratio:.2f} | " in report.section()
 
 
 def test_history():
