@@ -3,9 +3,9 @@
 
 ``python -m benchmarks.tiles [--backend mma] --out FILE.json`` writes ``header`` and, for each layer and number of
 tokens M, the tiles with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform
-routing; both GEMMs take the same tile, or GEMM 2 alone one that does not suit GEMM 1). It prints, for ranges of rows
-per expert, which tiles lose least against the best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and
-`cupy_moe.mma` is made from.
+routing, in turns; both GEMMs take the same tile, or GEMM 2 alone one that does not suit GEMM 1), and in ``default_us``
+that with the tiles which the layer takes by itself. It prints, for ranges of rows per expert, which tiles lose least
+against the best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and `cupy_moe.mma` is made from.
 """
 
 from __future__ import annotations
@@ -34,14 +34,22 @@ def taking(tile: Tile, usual: Callable[[int, Weights, int], Tile]) -> Callable[[
     return lambda device, weights, rows: tile if tile.suits(weights) else usual(device, weights, rows)
 
 
-def time_tile(backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: Tile) -> float:
-    """Microseconds of a call whose GEMMs take ``tile``."""
-    with mock.patch.object(KERNELS[backend], "tile_for", taking(tile, KERNELS[backend].tile_for)):
+def capture(
+    backend: str, weights: cases.Weights, inputs: cases.Inputs, tile: Tile | None, workspace: cupy_moe.Workspace
+) -> Callable[[], object]:
+    """Replays a call whose GEMMs take ``tile``, or with None their defaults; its scratch memory is ``workspace``."""
+
+    def usual(device: int, weights: Weights, rows: int) -> Tile:
+        return KERNELS[backend].candidates(device, weights, rows)[0]
+
+    with mock.patch.object(KERNELS[backend], "tile_for", taking(tile, usual) if tile else usual):
         experts = cupy_moe.Experts(
-            weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend=backend
+            weights.w1, weights.w2, w1_scale=weights.w1_scale, w2_scale=weights.w2_scale, backend=backend,
+            workspace=workspace,
         )
         graph, _ = timing.capture(lambda: experts(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
-        return timing.time_warm(graph.replay, hold=True, rounds=3).us
+    # A graph does not keep the layer whose tables it reads.
+    return lambda layer=experts: graph.replay()
 
 
 def name_of(tile: dict[str, Any]) -> str:
@@ -54,17 +62,22 @@ def name_of(tile: dict[str, Any]) -> str:
 
 def measure(backend: str, shape: cases.Shape) -> list[dict[str, Any]]:
     """One record for each number of tokens, the fastest tile first."""
-    weights, records = cases.make_weights(shape), []
+    weights, workspace, records = cases.make_weights(shape), cupy_moe.Workspace(), []
     for tokens in TOKENS:
         inputs = cases.make_inputs(shape, tokens, weights=weights)
         rows = tokens * shape[1]
         per_expert = rows / min(rows, shape[0])
         w2 = Weights(0, shape[0], shape[2], shape[3], paired=False, short_columns=gemms.SHORT_COLUMNS)
         tiles = KERNELS[backend].candidates(0, w2, rows)
-        times = [(time_tile(backend, weights, inputs, tile), tile) for tile in tiles]
-        ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(times)]
-        records.append({"shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "tiles": ranked})
-        print(*shape, "M", tokens, "  ".join(f"{name_of(one)}: {one['us']:.1f}" for one in ranked), flush=True)
+        calls = [capture(backend, weights, inputs, tile, workspace) for tile in (None, *tiles)]
+        times = timing.time_in_turns(calls, replays=timing.fitting_replays(calls[0]))
+        default, *others = (timed.us for timed in times)
+        ranked = [{**tile._asdict(), "us": us} for us, tile in sorted(zip(others, tiles, strict=True))]
+        records.append({
+            "shape": list(shape), "M": tokens, "rows_per_expert": per_expert, "default_us": default, "tiles": ranked,
+        })
+        text = "  ".join(f"{name_of(one)}: {one['us']:.1f}" for one in ranked)
+        print(*shape, "M", tokens, f"default: {default:.1f}  {text}", flush=True)
     return records
 
 
@@ -77,9 +90,10 @@ def print_ranking(records: list[dict[str, Any]]) -> None:
         losses: dict[str, list[float]] = {}
         for record in group:
             for one in record["tiles"]:
-                losses.setdefault(name_of(one), []).append(math.log(one["us"] / record["tiles"][0]["us"]))
+                losses.setdefault(name_of(one) + " rows", []).append(math.log(one["us"] / record["tiles"][0]["us"]))
+            losses.setdefault("default", []).append(math.log(record["default_us"] / record["tiles"][0]["us"]))
         means = {name: math.exp(sum(of) / len(of)) for name, of in losses.items() if len(of) == len(group)}
-        text = "  ".join(f"{name} rows: {loss:.3f}" for name, loss in sorted(means.items(), key=lambda item: item[1]))
+        text = "  ".join(f"{name}: {loss:.3f}" for name, loss in sorted(means.items(), key=lambda item: item[1]))
         print(f"about {1 << power:5d} rows per expert ({len(group)} cases): {text}")
 
 

@@ -167,11 +167,21 @@ def test_tiles_that_suit_one_gemm(columns, timed, monkeypatch):
     taken = []
     monkeypatch.setattr(cases, "make_weights", lambda shape: None)
     monkeypatch.setattr(cases, "make_inputs", lambda shape, tokens, weights: None)
-    monkeypatch.setattr(tiles, "time_tile", lambda backend, weights, inputs, tile: taken.append(tile) or len(taken))
+    monkeypatch.setattr(tiles, "capture", lambda *args: taken.append(args[3]))
+    monkeypatch.setattr(timing, "fitting_replays", lambda call: 1)
+    monkeypatch.setattr(
+        timing, "time_in_turns", lambda calls, replays: [timing.Timing(us, us, us) for us in range(len(calls), 0, -1)],
+    )
     of_w1, of_w2 = (
         tiles.Weights(0, 4, 64, k, paired=False, short_columns=short) for k, short in ((1024, 0), (columns, 4096))
     )
-    assert len(tiles.measure("sm90", (4, 2, 1024, columns))) == len(tiles.TOKENS)
+    records = tiles.measure("sm90", (4, 2, 1024, columns))
+    assert len(records) == len(tiles.TOKENS) == taken.count(None)
+    for record in records:
+        times = [tile["us"] for tile in record["tiles"]]
+        assert times == list(range(1, len(times) + 1))
+        assert record["default_us"] == len(times) + 1
+    taken = [tile for tile in taken if tile]
     assert {tile.window for tile in taken} == timed
     for tile in taken:
         tile_for = tiles.taking(tile, lambda device, weights, rows: "the usual one")
