@@ -17,7 +17,7 @@ SHARED_BYTES = (227 << 10) - 192
 EARLY = 4
 """Stages whose weights a block asks for before there are rows. More would only delay what the kernels in front load."""
 IN_STEP_BYTES = 20 << 20
-"""Bytes of an expert's rows, on average, from which on clusters keep in step: these no longer stay in the L2 cache."""
+"""Bytes of an expert's rows, on average, from which on clusters keep in step: so many do not stay in the L2 cache."""
 _ENTRY_BYTES, _RING_BYTES, _SWIZZLE_BYTES = 16, 32, 1024  # a ring entry: two barriers and a place
 
 
@@ -63,7 +63,21 @@ class Tile(NamedTuple):
         return tiles.most_row_tiles(rows, self.rows, experts) * self.channel_tiles(n)
 
 
-LARGE = {
+PREFERRED = (
+    Preference(5, Tile(16, 7)),
+    Preference(28, Tile(32, 6)),
+    Preference(40, Tile(48, 6)),
+    Preference(56, Tile(64, 8)),
+    Preference(90, Tile(96, 6), below_k=4096),
+    Preference(115, Tile(128, 6), below_k=4096),
+)
+"""For few rows, by timing the layers of ``benchmarks/cases.py``, with numbers of tokens between its own too;
+``benchmarks/tiles.py`` times all tiles.
+
+The rows of an expert that has more than a tile are two row tiles, which load its weights twice. So most tiles are given
+up before the average comes to their rows.
+"""
+ROW_TILE_COSTS = {
     Tile(144, 6, window=2): 0.95,
     Tile(160, 6, window=2): 1.0,
     Tile(192, 5, window=2): 1.05,
@@ -76,28 +90,14 @@ LARGE = {
     Tile(160, 6, cluster=2, window=0): 0.9,
     Tile(192, 5, cluster=2, window=0): 0.96,
 }
-"""For many rows, and what a row tile costs beside its rows, relative to one of 160, by timing layers of five K.
+"""For more rows: what a row tile costs apart from its rows, which cost alike in all, relative to one of 160; fitted by
+hand to times of such layers.
 
-The one whose row tiles cost least is taken. They differ in how many hold the rows of an expert, which are spread evenly
-over as few as can be, and in what one that is not full costs.
+The tile is taken whose row tiles cost least in all. Tiles differ in how many row tiles hold the rows of an expert,
+which are spread evenly over as few as can be, and in what one that is not full costs.
 """
 CLUSTER_COLUMNS = 1280
 """Columns of the weights from which on these are tiles of clusters, and below which of single blocks."""
-PREFERRED = (
-    Preference(5, Tile(16, 7)),
-    Preference(28, Tile(32, 6)),
-    Preference(40, Tile(48, 6)),
-    Preference(56, Tile(64, 8)),
-    Preference(90, Tile(96, 6), below_k=4096),
-    Preference(115, Tile(128, 6), below_k=4096),
-    Preference(float("inf"), Tile(160, 6, window=2)),  # or another of LARGE
-)
-"""By timing the layers of ``benchmarks/cases.py``, with numbers of tokens between its own too; ``benchmarks/tiles.py``
-times all tiles.
-
-The rows of an expert that has more than a tile are two row tiles, which load its weights twice. So most tiles are given
-up before the average comes to their rows.
-"""
 NARROW, NARROW_COLUMNS = Tile(16, 13, channels=64), 8192
 """In place of the first where that would leave half of the multiprocessors without a tile, and columns of the weights
 from which on it pays."""
@@ -105,13 +105,13 @@ from which on it pays."""
 
 class _Tiles(Tiles[Tile]):
     def default(self, device: int, weights: Weights, rows: int) -> Tile:
-        """As `Tiles.default`, or narrow; of the large ones that whose row tiles cost least."""
-        tile = super().default(device, weights, rows)
-        if tile in LARGE:
+        """That of `PREFERRED`, or narrow; with more rows the one whose row tiles cost least."""
+        tile = self.preferred(weights, rows)
+        if tile is None:
             mean, cluster = tiles.average(rows, weights), 2 if weights.k >= CLUSTER_COLUMNS else 1
             costs = {
-                large: cost * tiles.expected_row_tiles(mean, large.rows)
-                for large, cost in LARGE.items() if large.cluster == cluster and large.suits(weights)
+                each: cost * tiles.expected_row_tiles(mean, each.rows)
+                for each, cost in ROW_TILE_COSTS.items() if each.cluster == cluster and each.suits(weights)
             }
             return min(costs, key=costs.__getitem__)
         if tile == PREFERRED[0].tile and weights.k >= NARROW_COLUMNS:
@@ -121,7 +121,7 @@ class _Tiles(Tiles[Tile]):
         return tile
 
 
-_CHOICE = _Tiles("sm90", PREFERRED, NARROW, *LARGE)
+_CHOICE = _Tiles("sm90", PREFERRED, NARROW, *ROW_TILE_COSTS)
 TILES, key, candidates, tile_for = _CHOICE.all, _CHOICE.key, _CHOICE.candidates, _CHOICE.tile_for
 
 

@@ -46,7 +46,7 @@ def fitting(tile: T, experts: int, shared_bytes: int) -> T:
 
 
 class Preference(NamedTuple):
-    """A tile for a range of rows per expert, and of columns of the weights, where it suits them."""
+    """A tile for a range of rows per expert, and of columns of the weights."""
 
     below: float  # rows per expert that can have any, on average
     tile: Any
@@ -54,7 +54,7 @@ class Preference(NamedTuple):
 
 
 class Tiles(Generic[T]):
-    """The tiles of a kernel, each ``preferred`` for some number of rows, and ``others`` that are no default of these.
+    """The tiles of a kernel: each that is ``preferred`` for some number of rows, and ``others``.
 
     Attributes
     ----------
@@ -72,13 +72,16 @@ class Tiles(Generic[T]):
         name = f"{self._backend} {__version__}"
         return tuning.key(name, tuning.device_name(device), shape, rows=weights.expected(rows))
 
+    def preferred(self, weights: Weights, rows: int) -> T | None:
+        """The tile of the first range that the rows per expert and the columns are in, if there is one."""
+        mean = average(rows, weights)
+        in_range = (entry.tile for entry in self._preferred if mean < entry.below and weights.k < entry.below_k)
+        return next(in_range, None)
+
     def default(self, device: int, weights: Weights, rows: int) -> T:
         """The tile for ``rows`` rows in all where tuning has found none."""
-        mean = average(rows, weights)
-        tile: T = next(
-            entry.tile for entry in self._preferred
-            if mean < entry.below and weights.k < entry.below_k and entry.tile.suits(weights)
-        )
+        tile = self.preferred(weights, rows)
+        assert tile is not None, "one range has no end"
         return tile
 
     def candidates(self, device: int, weights: Weights, rows: int) -> list[T]:

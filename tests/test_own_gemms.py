@@ -79,12 +79,11 @@ def test_many_experts_leave_room_for_fewer_stages(name, experts):
 def test_tiles_are_told_apart(name):
     kernel = KERNELS[name][0]
     assert len(set(kernel.TILES)) == len(kernel.TILES)
-    for k, short in ((1024, 0), (1024, 1024), (1 << 20, 0)):
+    for k, short in ((1024, 0), (1024, 1024), (1280, 0), (1 << 20, 0)):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short)
-        limits = [entry.below for entry in kernel.PREFERRED if k < entry.below_k and entry.tile.suits(weights)]
-        reached = limits[: limits.index(float("inf")) + 1]
-        assert reached == sorted(reached)
-    assert kernel.PREFERRED[-1].below == kernel.PREFERRED[-1].below_k == float("inf")
+        limits = [entry.below for entry in kernel.PREFERRED if k < entry.below_k]
+        assert limits == sorted(limits)
+        assert kernel.candidates(0, weights, 1 << 20), "beyond them, too"
 
 
 @pytest.mark.parametrize("rows", [8 << power for power in range(18)])
@@ -117,15 +116,18 @@ def test_expected_row_tiles(mean, tile_rows):
     assert tiles.expected_row_tiles(mean, tile_rows) == pytest.approx(want, abs=0.05)
 
 
-@pytest.mark.parametrize("rows", [8 << power for power in range(18)])
+@pytest.mark.parametrize("rows", [8 * 192, *(8 << power for power in range(18))])
 @pytest.mark.parametrize("invariant", [False, True])
 def test_short_sums_where_they_will_do(rows, invariant, cache):
-    """With many rows, for no more columns than the weights allow, and never where a token's bits are to stay."""
+    """With many rows, for no more columns than the weights allow, and never where a token's bits are to stay.
+
+    Not with 192 rows, which one tile of 208 is to hold: such a tile has no registers for them.
+    """
     for k, short in ((1024, 1024), (1040, 1024), (4096, 4096), (4096, 0)):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
         allowed = k <= short and not invariant
         default, *others = sm90.candidates(0, weights, rows)
-        assert (default.window == 0) == (allowed and rows >= (56 if k >= 4096 else 115) * 8)
+        assert (default.window == 0) == (allowed and rows >= (56 if k >= 4096 else 115) * 8 and rows != 192 * 8)
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
         cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
@@ -141,10 +143,9 @@ def test_candidates(rows, experts, k, name):
     average = rows / max(min(rows, experts), 1)
     for short in (0, k):
         weights = Weights(0, experts, 64, k, paired=False, short_columns=short)
-        fitting = [entry for entry in kernel.PREFERRED if entry.tile.suits(weights)]
         default, *others = kernel.candidates(0, weights, rows)
-        usual = next(entry.tile for entry in fitting if average < entry.below and k < entry.below_k)
-        assert default == usual or {default, usual} <= set(getattr(kernel, "LARGE", ()))
+        of_range = [entry.tile for entry in kernel.PREFERRED if average < entry.below and k < entry.below_k]
+        assert default in (of_range[:1] or kernel.ROW_TILE_COSTS)
         assert set(others) <= {tile for tile in kernel.TILES if tile.suits(weights)} - {default}
 
 
