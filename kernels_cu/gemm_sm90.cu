@@ -252,6 +252,8 @@ __device__ __forceinline__ void consume(const Ring& ring, const Groups& groups, 
     }
 }
 
+static_assert(sizeof(Shared) + (CLUSTER > 1) * CLAIMS * sizeof(Claim) <= 192, "sm90.SHARED_BYTES leaves as much");
+
 extern __shared__ u8 dynamic_shared[];
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER) grouped_gemm(

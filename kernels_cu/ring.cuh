@@ -39,12 +39,12 @@ struct RingState {
     }
 };
 
-// The blocks of a cluster go through the same tiles: block 0 claims the next one and sends its number to both. A producer knows
-// the numbers of all tiles it has begun, and the ring keeps producers no more than STAGES tiles apart: as many places and one
-// more, taken in turns, never hold a number that is still to be read when another comes.
+// The blocks of a cluster go through the same tiles: block 0 makes a claim and sends both what it got. A producer has read the
+// claims for all tiles that it has begun, and the ring keeps producers no more than STAGES tiles apart: of as many places and one
+// more, taken in turns, none holds a claim that is still to be read when another comes.
 struct alignas(16) Claim {
     u64 known;  // a barrier
-    int before;
+    int before;  // claims that were made before
 };
 constexpr int CLAIMS = STAGES + 1;
 
@@ -85,14 +85,14 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
     };
     Walk at(entries, groups);
     RingState state;
-    [[maybe_unused]] u32 wave = 0;
+    [[maybe_unused]] u32 begun = 0;
     [[maybe_unused]] bool patient = true;
     for (int tile = blockIdx.x / CLUSTER, next; at.seek(tile); tile = next) {
         at.channel_tile = at.channel_tile * CLUSTER + rank();
         // Weights that are read once leave the L2 cache to what is read again.
         const u64 policy = at.alone ? EVICT_FIRST : EVICT_UNCHANGED;
         int claimed = 0;
-        [[maybe_unused]] Claim& claim = claims[wave % CLAIMS];
+        [[maybe_unused]] Claim& claim = claims[begun % CLAIMS];
         if (rank() == 0 && elect()) claimed = atomicAdd(groups.claims, 1);
         if (CLUSTER > 1 && elect()) expect_bytes(&claim.known, sizeof(int));
         if constexpr (IN_STEP) keep_in_step(groups, tile, patient);
@@ -114,9 +114,9 @@ __device__ __forceinline__ void produce(const Ring& ring, const TensorMap& weigh
                 for (int to = 0; to < CLUSTER; ++to) send(&claim.before, claimed, &claim.known, to);
         }
         if constexpr (CLUSTER > 1) {
-            wait(&claim.known, wave / CLAIMS & 1);
+            wait(&claim.known, begun / CLAIMS & 1);
             claimed = elect() ? *const_cast<volatile int*>(&claim.before) : 0;
-            ++wave;
+            ++begun;
         }
         // Not sooner: until here nothing waits for the claim. The other lanes have 0.
         next = gridDim.x / CLUSTER + __reduce_add_sync(FULL_WARP, claimed);

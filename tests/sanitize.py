@@ -160,7 +160,7 @@ def combine_and_choose(rng, routing):
 
 
 def own_gemms(only):
-    """Every end of the kernels of our own, in the first tile, the largest, the last and those for bare products alone.
+    """Every end of the kernels of our own, in the first tile, the largest, the narrow and those for bare products.
 
     Rows are cut off and experts empty.
     """
@@ -170,7 +170,7 @@ def own_gemms(only):
 
     kernels = [kernel for kernel in TILES if only in (None, kernel.split()[0]) and not problem(kernel)]
     chosen = [
-        (of[0], max(of, key=lambda one: tuple(one.tile)), of[-1], *(one for one in of if one.bare))
+        (of[0], max(of, key=lambda one: tuple(one.tile)), *(one for one in of if one.bare or one.tile == sm90.NARROW))
         for of in map(TILES.get, kernels)
     ]
     for tile in dict.fromkeys(itertools.chain(*chosen)):
@@ -178,6 +178,7 @@ def own_gemms(only):
         for padded in (0, tile.rows + 7):
             # The longer one has more steps than a tile has stages.
             case, longer = (Case(1, counts, 48, k, max_tokens=padded) for k in (144, 1040))
+            wider = Case(1, counts, 528, 144, max_tokens=padded)  # for one cluster more tiles than places for claims
             for dtype in ("float16", "float32"):
                 got = case.product(tile, dtype)[1]
                 check(f"{tile} {dtype}, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
@@ -185,9 +186,9 @@ def own_gemms(only):
                 got = case.product(tile)[1]
                 check(f"{tile} in step, {padded} padded rows", got, case.exact(on_host=True), 1e-3)
             with mock.patch.object(compiler, "multiprocessors", return_value=2):  # several tiles for a block
-                for some in (case, longer):
+                for some in (case, longer, wider) if getattr(tile.tile, "cluster", 1) > 1 else (case, longer):
                     got = some.product(tile)[1]
-                    label = f"{tile} on few blocks, {padded} padded rows, {some.k} columns"
+                    label = f"{tile} on few blocks, {padded} padded rows, {some.n} x {some.k} weights"
                     check(label, got, some.exact(on_host=True), 1e-3)
             if tile.bare:
                 continue
