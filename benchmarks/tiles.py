@@ -5,7 +5,7 @@
 tokens M, the tiles with the time of the whole layer in microseconds (CUDA graph, warm L2, scales per tensor, uniform
 routing, in turns; both GEMMs take the same tile, or GEMM 2 alone one that does not suit GEMM 1), and in ``default_us``
 that with the tiles which the layer takes by itself. It prints, for ranges of rows per expert, which tiles lose least
-against the best of each case: what ``PREFERRED`` of `cupy_moe.sm90` and `cupy_moe.mma` is made from.
+against the best of each case: what the tiles in `cupy_moe.sm90` and `cupy_moe.mma` are chosen by.
 """
 
 from __future__ import annotations
