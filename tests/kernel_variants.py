@@ -178,7 +178,7 @@ def calls():
         made += [grouped_gemm(sm90, tile, "PRODUCT", "float16", **in_step)]
         if tile.window == 0:
             continue
-        for per in ({}, {"per_channel": True, "per_row": True}):
+        for per in ({}, {"per_channel": True, "per_row": True}) if tile.cluster > 1 else ():
             made += [grouped_gemm(sm90, tile, "PACKED", launches.PACKED, **per, **in_step),
                      grouped_gemm(sm90, tile, "CODES", "uint8", bias="float16", **per, **in_step),
                      grouped_gemm(sm90, tile, "ACTIVATED", "float32", bias="float32", **per, **in_step)]
