@@ -111,8 +111,8 @@ def average(rows: int, weights: Weights) -> float:
 def expected_row_tiles(mean: float, tile_rows: int) -> float:
     """How many row tiles an expert has if ``mean`` rows come to it on average, each with the same small probability."""
     rows = NormalDist(mean, math.sqrt(mean))  # next to the distribution of Poisson where rows are many
-    most = math.ceil((mean + 6 * rows.stdev) / tile_rows)
-    return sum(1 - rows.cdf(count * tile_rows) for count in range(most))
+    least, most = (max(int((mean + sign * 6 * rows.stdev) / tile_rows), 0) for sign in (-1, 1))
+    return least + sum(1 - rows.cdf(count * tile_rows) for count in range(least, most + 1))
 
 
 class Weights:
