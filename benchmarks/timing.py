@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 
 ROUNDS = 7
 REPLAYS = 25
+REST = 2.0
+"""Of the device between rounds in turns, in units of what a round takes."""
 BUDGET_US = 50_000
 """What the rounds of one timing should take together; each has one call at least."""
 # Occupies the GPU (about half a millisecond) while the host queues a round, so that a short graph does not
@@ -122,10 +124,18 @@ def time_warm(
 
 
 def time_in_turns(calls: Sequence[Callable[[], object]], *, replays: int = REPLAYS) -> list[Timing]:
-    """Graph replays of each call, a round of one after a round of another: a change of clocks meets all of them."""
-    rounds = [
-        [time_warm(call, hold=True, rounds=1, replays=replays).us for call in calls] for _ in range(ROUNDS)
-    ]
+    """Graph replays of each call, a round of one after a round of another: a change of clocks meets all of them.
+
+    The device rests in between. Else it would come to its power limit, where all calls run at the low clock that they
+    bring about together, and those that take less energy than others have nothing of it.
+    """
+
+    def round_of(call: Callable[[], object]) -> float:
+        us = time_warm(call, hold=True, rounds=1, replays=replays).us
+        time.sleep(REST * replays * us / 1e6)
+        return us
+
+    rounds = [[round_of(call) for call in calls] for _ in range(ROUNDS)]
     return [_summary(list(times)) for times in zip(*rounds, strict=True)]
 
 

@@ -220,11 +220,13 @@ def test_the_host_has_rounds_enough(seconds, rounds, monkeypatch):
 
 
 def test_rounds_take_turns(monkeypatch):
-    made = []
+    made, slept = [], []
     monkeypatch.setattr(timing, "time_warm", lambda call, **_: timing.Timing(call(), 0, 0))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
     first, second = timing.time_in_turns([lambda: made.append(0) or len(made), lambda: made.append(1) or len(made)])
     assert made == [0, 1] * timing.ROUNDS
     assert (first.us_min, first.us, second.us_max) == (1, timing.ROUNDS, 2 * timing.ROUNDS)
+    assert slept == pytest.approx([2e-6 * timing.REPLAYS * us for us in range(1, 2 * timing.ROUNDS + 1)])
 
 
 def test_a_call_that_takes_long_is_repeated_less(monkeypatch):
