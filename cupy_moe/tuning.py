@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,6 @@ ERROR_LIMIT = 3e-3
 
 _SAMPLE = 1 << 18  # elements of a product that are compared
 _ROUNDS, _ROUND_US, _HOPELESS = 7, 1000.0, 1.5
-_REST = 2.0  # of the device after a round, in units of what that took
 
 
 # ---- records ------------------------------------------------------------------------------------------------------
@@ -237,32 +235,26 @@ def _same(got: Any, wanted: Any) -> bool:
 
 
 def _times(calls: Sequence[Step]) -> list[float]:
-    """Microseconds of each call: the best round, in turns, so that a change of clocks meets all of them.
-
-    The device rests in between. Else it would come to its power limit, where all calls run at the low clock that they
-    bring about together, and those that take less energy than others have nothing of it.
-    """
+    """Microseconds of each call: the best round, in turns, so that a change of clocks meets all of them."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
 
-    def timed(call: Step, count: int) -> float:
+    def time(call: Step, count: int) -> float:
         start.record(stream)
         for _ in range(count):
             call(stream.ptr)
         stop.record(stream)
         stop.synchronize()
-        us = float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3
-        time.sleep(_REST * us / 1e6)
-        return us / count
+        return float(cupy.cuda.get_elapsed_time(start, stop)) * 1e3 / count
 
     for call in calls:
-        timed(call, 1)
-    rough = [timed(call, 3) for call in calls]
+        time(call, 1)
+    rough = [time(call, 3) for call in calls]
     best = [float("inf")] * len(calls)
     for _ in range(_ROUNDS):
         for i, call in enumerate(calls):
             if i == 0 or rough[i] <= _HOPELESS * min(rough):
-                best[i] = min(best[i], timed(call, max(1, min(50, int(_ROUND_US / rough[i])))))
+                best[i] = min(best[i], time(call, max(1, min(50, int(_ROUND_US / rough[i])))))
     return best
