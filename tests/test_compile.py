@@ -128,15 +128,6 @@ PARAMETERS_AT = 352
 """Where sm_80's constant bank 0 has the parameters of the kernel."""
 
 
-@pytest.fixture(scope="module")
-def compilers():
-    """Processes that compile: NVRTC takes one program at a time in each."""
-    pytest.importorskip("cuda.core", reason="NVRTC is called through cuda.core")
-    workers = min(os.cpu_count() or 1, len(compiler.ARCHITECTURES))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-
-
 def size_of_parameters(file, name):
     fields = list(compiler.signature(file, name).items())
     mirror = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
@@ -155,15 +146,46 @@ def architectures_of(file, constants):
     return compiler.ARCHITECTURES
 
 
+class Compilers:
+    """Processes that compile a few variants ahead of the tests; NVRTC takes one program at a time in each.
+
+    Most variants are for one architecture: the other processes would have nothing to do until the next test.
+    """
+
+    def __init__(self, pool, processes, variants):
+        self._pool, self._ahead, self._variants, self._pending = pool, 2 * processes, variants, {}
+
+    def logs(self, variant):
+        """Of a variant, one for each of its architectures."""
+        at = self._variants.index(variant)
+        for file, constants in self._variants[at : at + self._ahead]:
+            if (file, constants) not in self._pending:
+                self._pending[file, constants] = [
+                    self._pool.submit(compile_for, arch, file, constants)
+                    for arch in architectures_of(file, dict(constants))
+                ]
+        return [future.result(timeout=300) for future in self._pending[variant]]
+
+
+@pytest.fixture(scope="module")
+def compilers(request):
+    pytest.importorskip("cuda.core", reason="NVRTC is called through cuda.core")
+    processes = min(os.cpu_count() or 1, len(compiler.ARCHITECTURES))
+    of_tests = (item for item in request.session.items if getattr(item, "originalname", None) == "test_variant")
+    chosen = [(item.callspec.params["file"], item.callspec.params["constants"]) for item in of_tests]
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield Compilers(pool, processes, chosen)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize(
     ("file", "constants"), VARIANTS, ids=[f"{file} {' '.join(str(v) for _, v in c)}" for file, c in VARIANTS]
 )
 def test_variant(compilers, file, constants):
     """No warning, no spills, no products one by one, small enough, and parameters as wide as the launch has them."""
-    architectures = architectures_of(file, dict(constants))
-    pending = [compilers.submit(compile_for, arch, file, constants) for arch in architectures]
-    logs = [future.result(timeout=300) for future in pending]
-    for arch, log in zip(architectures, logs, strict=True):
+    for arch, log in zip(architectures_of(file, dict(constants)), compilers.logs((file, constants)), strict=True):
         other = [line for line in log.splitlines() if not re.match(r"ptxas (info +:| +\.)|\s*$", line)]
         assert not other, f"{arch}: {log}"
         assert "serialized" not in log, f"{arch}: the products of a tile wait for one another: {log}"
