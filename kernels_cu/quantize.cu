@@ -65,12 +65,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) quantize_shuffle(
     if constexpr (FRESH) {
         wanted = row_experts[token] >= 0;  // older than the kernel in front
         wait_for_previous_kernel();
-        if (!wanted && blockIdx.x > 0) return;  // block 0 leaves the scale, whatever its row
     }
     // Nobody else reads what GEMM 1 has left: it need not go to memory.
     const auto discard = [&](float read) {
         if constexpr (FRESH) {
-            const bool worthwhile = MODE == TENSOR || gridDim.x * x_pitch * int(sizeof(In)) <= MOST_TO_DISCARD;
+            const bool worthwhile = gridDim.x * x_pitch * int(sizeof(In)) <= MOST_TO_DISCARD;
             if (wanted && worthwhile) discard_lines(x + token * x_pitch, cols, read);
         }
     };

@@ -79,7 +79,8 @@ struct Quantization {
 
 // A token, or a stretch of its columns (blockIdx.y) where no maximum over the token is needed: it is read once and written to
 // the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
-// and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write.
+// and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write; the token is
+// loaded without waiting for that.
 // ONE_SLOT: there is but one, so that codes need not be kept for the next. TOKEN: each warp calls once_read(the largest
 // magnitude of what it has loaded) before it waits for the other warps.
 template <bool ONE_SLOT, typename OnceRead, typename FindRows, typename RowOf, typename ExpertOf>
@@ -98,7 +99,7 @@ __device__ __forceinline__ void quantize_token(const Quantization& q, int token,
         const int col = (first + i * int(blockDim.x)) * VECTOR;
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) v[i][j] = 0.0f;
-        if (wanted && col < q.cols) load_vector<IN_ALIGNED>(q.x + token * q.x_pitch + col, q.cols - col, v[i]);
+        if (col < q.cols) load_vector<IN_ALIGNED>(q.x + token * q.x_pitch + col, q.cols - col, v[i]);
         if constexpr (MODE == TOKEN) largest = fmaxf(largest, max_of_vector(v[i]));
     }
     if constexpr (MODE == TOKEN || ALONE) {
