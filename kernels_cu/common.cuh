@@ -170,9 +170,8 @@ __device__ __forceinline__ void discard_line(const void* p, float read = 0.0f) {
                  : "memory");
 }
 
-// Most of the L2 cache of an H100. Of more bytes than these, many have gone to memory before they are read. Where blocks are
-// few and large, since each has a whole row, discarding them would only keep the stores waiting.
-[[maybe_unused]] constexpr long long MOST_TO_DISCARD = 36 << 20;
+// Of more bytes than these, most have gone to memory before they are read: discarding takes longer than it saves.
+[[maybe_unused]] constexpr long long MOST_TO_DISCARD = 192 << 20;
 
 // Eight elements as they lie in memory. A thread that converts none before it has asked for all is not kept waiting between
 // one load and the next.

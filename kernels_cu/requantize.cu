@@ -116,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
 
     const uint4* group = x + index * packed_pitch(cols) / COLUMNS;
     u8* const first = out + span.row * out_pitch;
+    const bool worthwhile = gridDim.x * packed_pitch(cols) * int(sizeof(u32)) <= MOST_TO_DISCARD;
     if constexpr (MODE == TENSOR) {
         const int i = blockIdx.y * blockDim.x + threadIdx.x;
         const bool exists = span.count > 0 && i < cols;
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
         const Divisor by(scale);
         if (exists) store_piece(piece, i, {by, by, by, by}, span.count, first, out_pitch);
         __syncwarp();
-        if (exists) discard_piece(group, i);
+        if (exists && worthwhile) discard_piece(group, i);
     } else {
         for (int i = threadIdx.x; i < cols; i += blockDim.x)
 #pragma unroll
@@ -139,7 +140,6 @@ extern "C" __global__ void __launch_bounds__(MAX_ROW_THREADS) requantize(
         max_of_rows(held, cols, largest);
         const Divisor by[4] = {Divisor(scale_of_amax(largest[0])), Divisor(scale_of_amax(largest[1])),
                                Divisor(scale_of_amax(largest[2])), Divisor(scale_of_amax(largest[3]))};
-        const bool worthwhile = gridDim.x * packed_pitch(cols) * int(sizeof(u32)) <= MOST_TO_DISCARD;
         for (int i = threadIdx.x; i < cols; i += blockDim.x) {
             store_piece(Piece(held, i), i, by, span.count, first, out_pitch);
             if (worthwhile) discard_piece(group, i);
