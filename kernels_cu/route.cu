@@ -155,12 +155,21 @@ extern "C" __global__ void route_place(
     for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) first[expert] = of_all[expert] = 0;
     __syncthreads();
     const u32 counts = gridDim.x * experts, before = blockIdx.x * experts;
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < counts; i += blockDim.x) {
-        const int count = block_counts[i], expert = i % experts;
-        if (count == 0) continue;
-        atomicAdd(of_all + expert, count);
-        if (i < before) atomicAdd(first + expert, count);
+    constexpr int IN_FLIGHT = 8;
+    for (u32 base = threadIdx.x; base < counts; base += IN_FLIGHT * blockDim.x) {
+        int count[IN_FLIGHT];
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; ++j) {
+            const u32 i = base + j * blockDim.x;
+            count[j] = i < counts ? block_counts[i] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; ++j) {
+            const u32 i = base + j * blockDim.x, expert = i % experts;
+            if (count[j] == 0) continue;
+            atomicAdd(of_all + expert, count[j]);
+            if (i < before) atomicAdd(first + expert, count[j]);
+        }
     }
     __syncthreads();
     const Results to = {expert_offsets, expert_counts, dst2src_map, src2dst_map, row_experts};
