@@ -69,7 +69,7 @@ PREFERRED = (
     Preference(40, Tile(48, 6)),
     Preference(56, Tile(64, 8)),
     Preference(90, Tile(96, 6), below_k=4096),
-    Preference(115, Tile(128, 6), below_k=4096),
+    Preference(106, Tile(128, 6), below_k=4096),
 )
 """For few rows, by timing the layers of ``benchmarks/cases.py``, with numbers of tokens between its own too;
 ``benchmarks/tiles.py`` times all tiles.

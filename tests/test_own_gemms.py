@@ -92,7 +92,7 @@ def test_clusters_where_k_is_large(rows):
         return sm90.candidates(0, Weights(0, 8, 64, k, paired=False), rows)[0]
 
     columns = sm90.CLUSTER_COLUMNS
-    for k, from_rows in ((columns - 1, float("inf")), (columns, 115), (4095, 115), (4096, 56)):
+    for k, from_rows in ((columns - 1, float("inf")), (columns, 106), (4095, 106), (4096, 56)):
         assert default(k).cluster == (2 if rows >= from_rows * 8 else 1), k
 
 
@@ -127,7 +127,7 @@ def test_short_sums_where_they_will_do(rows, invariant, cache):
         weights = Weights(0, 8, 64, k, paired=False, short_columns=short, batch_invariant=invariant)
         allowed = k <= short and not invariant
         default, *others = sm90.candidates(0, weights, rows)
-        assert (default.window == 0) == (allowed and rows >= (56 if k >= 4096 else 115) * 8 and rows != 192 * 8)
+        assert (default.window == 0) == (allowed and rows >= (56 if k >= 4096 else 106) * 8 and rows != 192 * 8)
         assert any(tile.window == 0 for tile in (default, *others)) == (allowed and rows >= 44 * 8)
         short_one = next(tile for tile in sm90.TILES if tile.window == 0)
         cache.store({sm90.key(0, weights, rows): {**short_one._asdict(), "us": 1.0}})
