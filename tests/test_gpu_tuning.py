@@ -152,9 +152,10 @@ def test_what_is_wrong_or_fails_is_left_out(monkeypatch):
     assert tuning.fastest(candidates[:-1], result)["tile"] == 0
     with pytest.raises(RuntimeError, match="not supported"):
         tuning.fastest([({}, fail), *candidates], result)
-    monkeypatch.setattr(tuning, "_times", lambda graphs: [3.0, 5.0, 2.0])
     same = [({"tile": i}, fast) for i in range(3)]
-    assert tuning.fastest(same, result) == {"tile": 2, "us": 2.0, "default_us": 3.0}
+    for times, best in (([3.0, 5.0, 2.0], 2), ([3.0, 5.0, 2.95], 0)):
+        monkeypatch.setattr(tuning, "_times", lambda graphs, times=times: times)
+        assert tuning.fastest(same, result) == {"tile": best, "us": times[best], "default_us": 3.0}
 
 
 def test_codes_are_finite():
