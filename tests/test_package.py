@@ -14,6 +14,7 @@ import pytest
 
 import cupy_moe
 import kernels_cu
+from cupy_moe import backend
 
 ROOT = Path(cupy_moe.__file__).parents[1]
 
@@ -95,8 +96,9 @@ def test_backends_without_cupy():
         assert "its extra cu13" in reason, name
 
 
-def test_backends_beside_torch_without_cupy():
+def test_backends_beside_torch_without_cupy(monkeypatch):
     """Without the extra, whose cuBLAS is another one than torch's; and a reason that all have is given once."""
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     code = "import sys, cupy_moe.backend as b; sys.modules['torch'] = sys; "
     status = eval(run(WITHOUT_GPU_LIBRARIES, code + "print(b.backends())"))
     assert status["sm90"].endswith("pip install cupy-cuda13x")
