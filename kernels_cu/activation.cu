@@ -15,8 +15,7 @@
 //   PER_CHANNEL one weight scale per column instead of one or two per expert
 
 constexpr bool GATED = ACT <= SWIGLUOAI;
-// Of amax_rows; blocks per multiprocessor, at least: two where a thread's columns have scales or a bias, not both.
-constexpr int SCAN_THREADS = 512, SCAN_BLOCKS = IN_ALIGNED && !(PER_CHANNEL && sizeof(Bias) > 1) ? 2 : 1;
+constexpr int SCAN_THREADS = 512, SCAN_BLOCKS = IN_ALIGNED ? 2 : 1;  // of amax_rows; blocks per multiprocessor, at least
 
 // What both kernels read. All of it is older than amax_rows.
 struct Source {
@@ -56,17 +55,11 @@ struct Columns {
     Vector<float> scale;
     Vector<Bias> shift;
 
-    // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
-    static __device__ __forceinline__ int within(const Source& source, int col) {
-        return IN_ALIGNED ? min(col, source.cols - VECTOR) : col;
-    }
-    __device__ __forceinline__ void load(const Source& source, int row, int col, int up) {
-        col = within(source, col);
-        x = read_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, source.cols - col);
-    }
-    __device__ __forceinline__ void load_of_expert(const Source& source, int expert, int col, int up) {
-        col = within(source, col);
-        [[maybe_unused]] const int count = source.cols - col;
+    __device__ __forceinline__ void load(const Source& source, int row, int expert, int col, int up) {
+        // Behind the end, the last columns once more: without a branch, all loads of a thread are on their way at once.
+        if constexpr (IN_ALIGNED) col = min(col, source.cols - VECTOR);
+        const int count = source.cols - col;
+        x = read_vector<IN_ALIGNED>(source.x + row * source.x_pitch + up * source.up_column + col, count);
         if constexpr (PER_CHANNEL)
             scale = read_vector<IN_ALIGNED>(
                 source.w_scale + (long long)expert * source.w_scale_stride + up * source.w_scale_up + col, count);
@@ -93,14 +86,9 @@ struct Columns {
 struct Unactivated {
     Columns gate, up;
 
-    __device__ __forceinline__ void load(const Source& source, int row, int col) {
-        gate.load(source, row, col, 0);
-        if constexpr (GATED) up.load(source, row, col, 1);
-    }
-    // Behind the others: these loads wait for the expert.
-    __device__ __forceinline__ void load_of_expert(const Source& source, int expert, int col) {
-        gate.load_of_expert(source, expert, col, 0);
-        if constexpr (GATED) up.load_of_expert(source, expert, col, 1);
+    __device__ __forceinline__ void load(const Source& source, int row, int expert, int col) {
+        gate.load(source, row, expert, col, 0);
+        if constexpr (GATED) up.load(source, row, expert, col, 1);
     }
 
     // Eight activated columns; returns the larger of their largest finite magnitude and `largest`, biased.
@@ -133,10 +121,8 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) amax_row
     const auto take = [&](u32 i) {
         i = min(i, total - 1);  // the last one once more: no branch between the loads
         const int row = i / vectors, expert = expert_of(source, row), any = max(expert, 0);
-        const int col = (i - row * vectors) * VECTOR;
         Taken taken;
-        taken.columns.load(source, row, col);
-        taken.columns.load_of_expert(source, any, col);
+        taken.columns.load(source, row, any, (i - row * vectors) * VECTOR);
         taken.by = factors_of(source, row, any);
         taken.counts = expert >= 0;
         return taken;
@@ -213,6 +199,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) activation
     // Backwards: what amax_rows read last is still in the L2 cache.
     const int row = MODE == TENSOR ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int expert = expert_of(source, row), any = max(expert, 0);
+    const Factors by = factors_of(source, row, any);
     const int first = blockIdx.y * blockDim.x * VECS + threadIdx.x;
     const auto col_of = [&](int i) { return (first + i * int(blockDim.x)) * VECTOR; };
     // If TENSOR, amax_rows is in front and all of the source older than that: it is read before that kernel is done.
@@ -222,19 +209,13 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) activation
     constexpr int AHEAD = MODE == TOKEN ? 1 : VECS;
     Unactivated columns[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) columns[i].load(source, row, col_of(i));
-    const Factors by = factors_of(source, row, any);
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) columns[i].load_of_expert(source, any, col_of(i));
+    for (int i = 0; i < AHEAD; ++i) columns[i].load(source, row, any, col_of(i));
     Activated activated;
     int largest = 0;
     const auto activate_all = [&] {
         activated.make([&](int i, float (&v)[VECTOR]) {
             const Unactivated now = columns[MODE == TOKEN ? 0 : i];
-            if constexpr (MODE == TOKEN) {
-                columns[0].load(source, row, col_of(i + 1));
-                columns[0].load_of_expert(source, any, col_of(i + 1));
-            }
+            if constexpr (MODE == TOKEN) columns[0].load(source, row, any, col_of(i + 1));
             largest = now.activated(by, largest, v);
         });
     };
