@@ -79,10 +79,9 @@ struct Quantization {
 
 // A token, or a stretch of its columns (blockIdx.y) where no maximum over the token is needed: it is read once and written to
 // the row of each of its slots. Between the two every thread calls find_rows(); then row_of(slot) is the row, or negative,
-// and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write; the token is
-// loaded without waiting for that.
-// ONE_SLOT: there is but one, so that codes need not be kept for the next. TOKEN: each warp calls once_read(the largest
-// magnitude of what it has loaded) before it waits for the other warps.
+// and expert_of(slot, row) the expert. first_block: leaves the scale of all. wanted: otherwise there is nothing to write, but
+// no load waits for that. ONE_SLOT: there is but one, so that codes need not be kept for the next. TOKEN: each warp calls
+// once_read(the largest magnitude of what it has loaded) before it waits for the other warps.
 template <bool ONE_SLOT, typename OnceRead, typename FindRows, typename RowOf, typename ExpertOf>
 __device__ __forceinline__ void quantize_token(const Quantization& q, int token, bool first_block, bool wanted,
                                                OnceRead once_read, FindRows find_rows, RowOf row_of, ExpertOf expert_of) {
