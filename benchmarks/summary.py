@@ -71,7 +71,7 @@ def digests(names: Iterable[str]) -> str:
 def mean(values: Iterable[float]) -> float:
     """Geometric mean."""
     logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
+    return math.exp(math.fsum(logs) / len(logs))  # `sum` of floats has other last bits from Python 3.12 on
 
 
 PLAIN = {"scheme": "tensor", "routing": "uniform", "mode": "graph", "l2": "warm"}

@@ -215,10 +215,8 @@ def test_history():
     kinds = {"warm": (summary.TABLE, "warm"), "cold": (summary.TABLE, "cold"), "prefill": (summary.PREFILL, "warm")}
     for kind, (name, l2) in kinds.items():
         content = summary.load(name)
-        of_step = [record.get(kind) for record in records if record["commit"] == content["header"]["commit"]]
-        # Sums of floats have other last bits from Python 3.12 on.
-        means = pytest.approx(history.means(content, l2))
-        assert of_step == [means], "name the step in benchmarks/history.py and run it"
+        want = [record.get(kind) for record in records if record["commit"] == content["header"]["commit"]]
+        assert want == [history.means(content, l2)], "name the step in benchmarks/history.py and run it"
 
 
 def test_history_comes_from_the_commits(monkeypatch, tmp_path):
